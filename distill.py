@@ -1,0 +1,620 @@
+"""Phase 1 of HEED: a Qwen3-VL teacher becomes a 3:1 Mamba-2/attention hybrid (Sect. 4, App. B.1, C.3).
+
+    torchrun distill.py --cond c4                                   # the embedded world, about ten minutes on two cores
+    torchrun --nproc-per-node 8 distill.py --cond c4 --teacher Qwen3-VL-8B-Instruct --data mix.json
+    python distill.py --cond c4 --teacher Qwen3-VL-8B-Instruct --data mix.json --dry-run
+    python distill.py --help                                        # every setting, with its reason
+
+Three stages share one token budget. Stage 1 warms up what is new in the mixers, Stage 2 trains the whole mixers,
+both by aligning residual streams (Eq. 4 and 5); Stage 3 is knowledge distillation on the logits (Eq. 1). Only
+mixers ever train, so teacher and student share all other modules and walk the decoder in lockstep, layer by layer:
+
+    error[p] = sum over replaced layers l of || s[l+1, p] - r[l+1, p] ||^2             the residual drift
+    loss     = sum over positions p of w[p] * error[p]                                 C3: w = 1.  C4: w = density
+
+    code      paper                       shape
+    r, s      r^theta, r^theta-hat        (B, T, D)   teacher's and student's residual stream
+    o_t, o_s  O, O-hat                    (B, T, D)   mixer outputs after W_O, before the residual sum (C2)
+    w         w(p), Eq. 3                 (B, T)      sums to the number of real positions in every row
+    replaced  S; streams are read at S* = S + 1, the output of each replaced layer
+
+The same command after any interruption goes on where the last checkpoint stands, and ends with the same bits.
+"""
+import argparse
+import copy
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Optional
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from data import IGNORED, BadSample, BadSamples, Plan, Processor, loader, read_data
+from density import WEIGHTS, draw_map, image_densities
+from model import Config, Qwen3VL, causal_mask_needed, find_tensors, to_hybrid
+from synthdoc import World
+
+# ---------------------------------------------------------------------------------------------------------
+# Table 10: what Stages 1 and 2 align, and with which weight. Stage 3 is the same for all.
+
+
+@dataclass(frozen=True)
+class Cond:
+    align: Optional[str]                 # None: Stages 1/2 are skipped; "output": mixer outputs; "residual": streams
+    weight: str = "uniform"              # a row of density.WEIGHTS
+    mixer: str = "mamba2"
+    note: str = ""
+
+
+CONDS = {
+    "c1":          Cond(None,                              note="KD only, as Mamba-in-Llama"),
+    "c2":          Cond("output",                          note="HSA: attention-output MSE, as mmMamba"),
+    "c3":          Cond("residual",                        note="RSA: uniform residual MSE, Eq. 4"),
+    "c4":          Cond("residual", "density",             note="HEED: density-weighted residual MSE, Eq. 5"),
+    "no-residual": Cond("output",   "density",             note="Table 8, -Residual: C2 with density"),
+    "no-density":  Cond("residual", "modality",            note="Table 8, -Density: text/visual boost only"),
+    "topk":        Cond("residual", "topk",                note="A.8: 5 x on the k % densest positions"),
+    "random":      Cond("residual", "random",              note="A.8: 5 x on k % random positions"),
+}
+
+# ---------------------------------------------------------------------------------------------------------
+# Settings: every field is a flag
+
+
+def setting(default, why, choices=None):
+    return field(default=default, metadata=dict(help=why, choices=choices))
+
+
+@dataclass
+class Settings:
+    """Of the loop; what distill.py adds stands in DistillSettings. None means: by DEFAULTS."""
+    teacher: str = setting("tiny", "folder of a Qwen3-VL checkpoint")
+    data: str = setting("", "JSONL file or recipe (data.py); empty: the embedded world (synthdoc.py)")
+    out: str = setting("", "folder of the run; empty: out/<cond>")
+    tokens: Optional[int] = setting(None, "token budget of the run")
+    batch_tokens: Optional[int] = setting(None, "tokens of one optimiser step, over all ranks")
+    micro_tokens: Optional[int] = setting(None, "padded tokens that one device processes at once")
+    lr: Optional[float] = setting(None, "peak learning rate")
+    warmup: float = setting(0.01, "share of the budget over which the learning rate rises")
+    floor: float = setting(0.1, "the cosine ends at this share of the peak")
+    weight_decay: float = setting(0.01, "of matrices; norms, biases and other vectors have none")
+    clip: float = setting(1.0, "bound of the gradient's norm")
+    seed: int = setting(0, "of the mixers' initialisation and the order of the data")
+    save_every: int = setting(50, "steps between checkpoints; stage borders are saved too")
+    workers: int = setting(0, "processes that read data ahead")
+    threads: int = setting(0, "CPU threads of a process; 0: the cores divided among this node's processes")
+    device: str = setting("", "cuda or cpu; empty: cuda where there is one")
+    dtype: str = setting("", "of frozen weights and activations; empty: bfloat16 on cuda, else float32",
+                         ["", "bfloat16", "float32", "float64"])
+    recompute: bool = setting(False, "recompute each layer in the backward pass: less memory, a third more time")
+    skip_bad: bool = setting(False, "leave out unusable samples, up to 0.1 %, instead of stopping")
+    dry_run: bool = setting(False, "say what the run would need, and stop")
+
+
+@dataclass
+class DistillSettings(Settings):
+    cond: str = setting("c4", "a row of CONDS", list(CONDS))
+    mixer: str = setting("", "mamba2, gdn or FILE.py:CLASS; empty: as the condition says")
+    keep_every: int = setting(4, "attention stays in every so-many-th layer (ledger 1)")
+    init: str = setting("default", "of the mixers' new parameters; paper: all N(0, 0.02) (ledger 3)", ["default", "paper"])
+    feed: str = setting("own", "what a student layer reads in Stages 1/2 (ledger 4)", ["own", "teacher"])
+    stages: str = setting("10/30/60", "per cent of the budget for Stages 1, 2 and 3")
+    stage3: str = setting("mixers", "what Stage 3 trains: 4.1 says the full model, C.3 only mixers (ledger 5)",
+                          ["mixers", "full"])
+    schedule: str = setting("whole", "one cosine over the whole budget, or one per stage (ledger 13)", ["whole", "stage"])
+    kl: str = setting("answers", "positions of the KL term: supervised ones, or all that predict text (ledger 11)",
+                      ["answers", "text"])
+    lambda_kl: float = setting(1.0, "Eq. 1")
+    lambda_ce: float = setting(0.1, "Eq. 1")
+    tau: float = setting(0.5, "temperature of Eq. 3")
+    beta: float = setting(2.0, "text density over the mean visual density (Algorithm 1)")
+    minmax: str = setting("all", "normalise before or after the text value enters (ledger 7)", ["all", "visual"])
+    k: float = setting(25.0, "per cent of positions that the topk and random weights raise (A.8)")
+    questions: int = setting(256, "evaluation questions a suite at the end, on the embedded world; 0: none")
+
+
+DEFAULTS = {                    # embedded world, real data (Table 11)
+    "tokens":       (1_000_000,         2_000_000_000),
+    "batch_tokens": (5_000,             2_000_000),
+    "micro_tokens": (5_000,             16_384),
+    "lr":           (1e-3,              1e-4),
+}
+
+
+def parse(kind, defaults, argv=None, description=""):
+    """Command line -> settings of the dataclass `kind`, where None becomes the default of the data's column."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    for f in fields(kind):
+        flag, why = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        if isinstance(f.default, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=why)
+        else:
+            cast = {"tokens": int, "batch_tokens": int, "micro_tokens": int, "lr": float}.get(f.name, type(f.default))
+            shown = f"{defaults[f.name][0]} embedded, {defaults[f.name][1]} real" if f.name in defaults else f.default
+            parser.add_argument(flag, type=cast, default=f.default, choices=f.metadata["choices"],
+                                help=f"{why} [{shown}]".replace("%", "%%"))
+    s = kind(**vars(parser.parse_args(argv)))
+    for name, (embedded, real) in defaults.items():
+        if getattr(s, name) is None:
+            setattr(s, name, real if s.data else embedded)
+    return s
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Losses: tensors in, sums out. They are divided once, by the count over all ranks and micro-batches.
+
+
+def drift(s, r):
+    """|| s - r ||^2 at every position: (B, T, D) x 2 -> (B, T), in fp32 at least."""
+    d = s.to(torch.promote_types(s.dtype, torch.float32)) - r
+    return d.square().sum(-1)
+
+
+def lockstep(teacher, student, replaced, e, mask, align="residual", feed="own", grad=True):
+    """Teacher and student through the decoder side by side -> error (B, T), summed over replaced layers.
+
+    e: the Embedded they share. align: "residual" compares the streams after each replaced layer (Eq. 4 before its
+    sum over p), "output" what the mixers put out (C2). feed: the student's layer reads its own stream or the
+    teacher's. No stack of streams is kept, and the walk ends at the last replaced layer.
+    """
+    r = s = e.x                                                                         # (B, T, D)
+    error = torch.zeros(r.shape[:2], device=r.device)
+    for i, (teacher_layer, student_layer) in enumerate(zip(teacher.layers, student.layers)):
+        with torch.no_grad():
+            r_next, o_t, _ = teacher_layer(r, mask, e.rope)
+        s_next, o_s = r_next, o_t
+        if i in replaced or feed == "own":
+            s_next, o_s, _ = student_layer(r if feed == "teacher" else s, mask, e.rope)
+        if i in replaced:
+            error = error + (drift(s_next, r_next) if align == "residual" else drift(o_s, o_t))
+        if i == max(replaced):
+            return error
+        if i < len(e.deepstack):
+            r_next, s_next = r_next + e.deepstack[i], s_next + e.deepstack[i]
+        r, s = r_next, s_next
+
+
+def kd_sums(student_hidden, teacher_hidden, target, student_head, teacher_head, chunk=512):
+    """Sum of KL(teacher || student) and sum of CE over n rows; the n x V logits never exist at once.
+
+    hidden (n, D), target (n,) with IGNORED where only the teacher speaks. Each chunk of rows is recomputed in the
+    backward pass, so what is kept is the hidden states alone. T = 1; logarithms in fp32.
+    """
+    def piece(h_s, h_t, y):
+        high = torch.promote_types(h_s.dtype, torch.float32)
+        log_q = student_head(h_s).to(high).log_softmax(-1)                              # (chunk, V)
+        with torch.no_grad():
+            log_p = teacher_head(h_t).to(high).log_softmax(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum()
+        return kl, F.nll_loss(log_q, y, reduction="sum", ignore_index=IGNORED)
+
+    kl = ce = student_hidden.sum() * 0.0                  # keeps the graph when no row is supervised
+    for i in range(0, len(target), chunk):
+        a, b = checkpoint(piece, student_hidden[i:i + chunk], teacher_hidden[i:i + chunk], target[i:i + chunk],
+                          use_reentrant=False)
+        kl, ce = kl + a, ce + b
+    return kl, ce
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The objective: what trains when, and the loss of one micro-batch. sft_dpo.py has two more of the same form.
+
+
+class Distillation:
+    def __init__(self, s, teacher, student):
+        self.s, self.cond, self.teacher, self.student = s, CONDS[s.cond], teacher, student
+        self.replaced = student.config.hybrid["layers"]
+        self.shares = [float(x) for x in s.stages.split("/")]
+        if len(self.shares) != 3 or min(self.shares) < 0 or abs(sum(self.shares) - 100) > 1e-6:
+            raise ValueError(f"--stages {s.stages}: three shares that sum to 100 are needed")
+        for p in [*teacher.parameters(), *student.parameters()]:
+            p.requires_grad_(False)
+        teacher_ids = {id(p) for p in teacher.parameters()}
+        self.mixers = {n: p for n, p in student.named_parameters()
+                       if any(f"layers.{i}.self_attn." in n for i in self.replaced)}
+        self.others = {n: p for n, p in student.named_parameters() if id(p) not in teacher_ids and n not in self.mixers}
+        options = dict(density=dict(tau=s.tau, beta=s.beta, minmax=s.minmax), modality=dict(tau=s.tau, beta=s.beta),
+                       topk=dict(k=s.k), random=dict(k=s.k, seed=s.seed))
+        self.weigh = partial(WEIGHTS[self.cond.weight], **options.get(self.cond.weight, {}))
+
+    def parameters(self):
+        return {**self.mixers, **self.others}
+
+    def is_new(self, name):
+        """Whether a mixer's parameter is new (W_G, W_gamma, A, conv, ...) or inherited from attention."""
+        layer, inner = name.split("layers.")[1].split(".self_attn.")
+        return not inner.startswith(tuple(self.student.layers[int(layer)].self_attn.INHERITED))
+
+    def stage(self, progress):
+        """The stage (1, 2, 3) at this share of the budget, and the share of the stage that is done."""
+        if self.cond.align is None:
+            return 3, progress
+        borders = [0, self.shares[0] / 100, (self.shares[0] + self.shares[1]) / 100, 1]
+        n = 1 + (progress >= borders[1]) + (progress >= borders[2])
+        return n, (progress - borders[n - 1]) / (borders[n] - borders[n - 1])
+
+    def prepare(self, progress):
+        """Opens what trains now. -> label, progress for the learning rate's schedule."""
+        stage, within = self.stage(progress)
+        for name, p in self.mixers.items():
+            p.requires_grad_(stage > 1 or self.is_new(name))
+        for p in self.others.values():
+            p.requires_grad_(stage == 3)
+        return f"stage {stage}", progress if self.s.schedule == "whole" else within
+
+    def weights(self, batch, vision):
+        """w (B, T) of the condition, from the frozen tower's features."""
+        c = self.student.config
+        visual = (batch.ids == c.image_token_id) | (batch.ids == c.video_token_id)
+        rho = torch.zeros(0, device=batch.ids.device)
+        if vision is not None:
+            rho = image_densities(vision.patches, batch.grids, c.vision.spatial_merge_size)
+        return self.weigh(rho, visual, batch.mask, batch.names)
+
+    def loss(self, batch, label):
+        """One micro-batch -> loss sum (to be divided by the count), count, other sums for the log."""
+        with torch.no_grad():                             # the tower is frozen: once for both models
+            vision = None if batch.pixels is None else self.teacher.visual(batch.pixels, batch.grids)
+        if label == "stage 3":
+            return self.kd(batch, vision)
+        with torch.no_grad():
+            e = self.teacher.embed(batch.ids, batch.mask, None, batch.grids, vision)
+            w = self.weights(batch, vision)                                             # (B, T)
+        error = lockstep(self.teacher, self.student, self.replaced, e, causal_mask_needed(batch.mask),
+                         self.cond.align, self.s.feed) / len(self.replaced)             # (B, T)
+        loss = (w * error).sum()                          # Eq. 4 / Eq. 5: all that C3 and C4 differ in
+        plain = (error.detach() * batch.mask)[batch.mask]
+        top = plain.topk(max(1, len(plain) // 100)).values.sum()        # ledger 15: a few huge positions?
+        return loss, int(batch.mask.sum()), dict(drift=plain.sum(), drift_top1=top)
+
+    def kd(self, batch, vision):
+        following = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)                   # label of the next token
+        rows = following != IGNORED
+        if self.s.kl == "text":
+            rows = F.pad(batch.mask[:, 1:] & (batch.ids[:, 1:] != self.student.config.image_token_id), (0, 1))
+        inputs = (batch.ids, batch.mask, None, batch.grids, vision)
+        with torch.no_grad():
+            h_t = self.teacher.hidden(*inputs)[rows]                                    # (n, D)
+        h_s = self.student.hidden(*inputs)[rows]
+        kl, ce = kd_sums(h_s, h_t, following[rows], self.student.lm_head, self.teacher.lm_head)
+        supervised = (following != IGNORED).sum()
+        scale = rows.sum() / supervised.clamp(min=1)      # CE is a mean over its own positions
+        loss = self.s.lambda_kl * kl + self.s.lambda_ce * ce * scale                    # Eq. 1
+        return loss, int(rows.sum()), dict(kl=kl.detach(), ce=ce.detach() * scale)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Processes
+
+
+@dataclass
+class Ranks:
+    rank: int
+    world: int
+    device: torch.device
+
+    def sum(self, t):
+        if self.world > 1:
+            dist.all_reduce(t)
+        return t
+
+    def wait(self):
+        if self.world > 1:
+            dist.barrier()
+
+
+def start(s):
+    """Threads, device and process group from torchrun's environment; one process needs no group."""
+    env = os.environ
+    kind = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # torchrun gives several processes one thread each, and a single one all cores: both are set on purpose here.
+    torch.set_num_threads(s.threads or max(1, cores // int(env.get("LOCAL_WORLD_SIZE", 1))))
+    device = torch.device(kind, int(env.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    ranks = Ranks(int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), device)
+    if ranks.world > 1:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return ranks
+
+
+def precision(s, device):
+    return getattr(torch, s.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+
+
+def load_teacher(s, device):
+    """The frozen model, and its processor."""
+    for file in ("config.json", "tokenizer.json"):
+        if not (Path(s.teacher) / file).is_file():
+            sys.exit(f"--teacher {s.teacher}: there is no {file}; give the folder of a downloaded Qwen3-VL checkpoint")
+    return Qwen3VL.from_pretrained(s.teacher, precision(s, device), device), Processor(s.teacher)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checkpoints: a step_N folder appears whole, then `latest` names it; the one before is kept
+
+
+def save_checkpoint(out, step, state):
+    folder, temporary = out / f"step_{step}", out / f"step_{step}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    with open(temporary / "state.pt", "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    if folder.exists():                                   # left by a run that died before `latest` moved
+        shutil.rmtree(folder)
+    os.rename(temporary, folder)
+    with open(out / "latest.tmp", "w") as f:
+        f.write(folder.name)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(out / "latest.tmp", out / "latest")
+    stored = sorted((p for p in out.glob("step_*") if not p.name.endswith(".tmp")), key=lambda p: int(p.name[5:]))
+    for old in stored[:-2]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(out, s):
+    """The state that `latest` names, or None. Exits when the folder holds a run with other settings."""
+    if not (out / "latest").exists():
+        return None
+    state = torch.load(out / (out / "latest").read_text() / "state.pt", map_location="cpu", weights_only=True)
+    free = {"out", "threads", "workers", "device", "dry_run", "save_every", "questions"}         # may change between
+    theirs, ours = state["settings"], asdict(s)
+    changed = [f"--{k.replace('_', '-')} {theirs.get(k)} there, {ours[k]} here" for k in ours
+               if k not in free and theirs.get(k) != ours[k]]
+    if changed:
+        sys.exit(f"{out} holds a run with other settings ({'; '.join(changed)}): go on with those, or choose another "
+                 "--out")
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def learning_rate(s, progress):
+    """Linear warm-up, then a cosine from the peak to `floor` of it."""
+    if progress < s.warmup:
+        return s.lr * progress / s.warmup
+    return s.lr * (s.floor + (1 - s.floor) * 0.5 * (1 + math.cos(math.pi * (progress - s.warmup) / (1 - s.warmup))))
+
+
+def groups(parameters, decay):
+    """AdamW's groups: matrices decay; norms, biases and other vectors do not."""
+    return [dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=decay),
+            dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)]
+
+
+def reduce_gradients(ranks, parameters, count):
+    """Gradients of the sum of losses over all ranks, divided by the count over all ranks."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if ranks.world > 1:
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        for g, total in zip(grads, flat.split([g.numel() for g in grads])):
+            g.copy_(total.view_as(g))
+    for g in grads:
+        g /= count
+
+
+def stop_if_broken(ranks, suspects, step):
+    """All ranks stop before the optimiser's step when one has a loss or gradient that is no finite number."""
+    found = torch.tensor(float(len(suspects)), device=ranks.device)
+    if ranks.sum(found).item() == 0:
+        return
+    names = [suspects]
+    if ranks.world > 1:
+        names = [None] * ranks.world
+        dist.all_gather_object(names, suspects)
+    sys.exit(f"step {step}: the loss or its gradient is not finite; nothing was stepped. Samples of the micro-batches "
+             f"concerned: {', '.join(n for part in names for n in part)}")
+
+
+def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
+    """Trains objective.parameters() over a budget of s.tokens tokens, resuming and saving in s.out.
+
+    objective: parameters() -> {name: parameter}; prepare(progress) -> (label, progress of the schedule);
+    loss(batch, label) -> (sum, count, {name: sum}). Sums and counts are added over micro-batches and ranks before
+    they are divided, so that neither accumulation nor the number of processes changes a step.
+    """
+    out, named = Path(s.out), objective.parameters()
+    parameters = list(named.values())
+    for p in parameters:
+        p.requires_grad_(True)
+    optimiser = torch.optim.AdamW(groups(parameters, s.weight_decay), lr=s.lr, betas=betas, eps=1e-8)
+    step, tokens, cursor, log_size, label = 0, 0, None, 0, None
+    if state := load_checkpoint(out, s):
+        with torch.no_grad():
+            for name, p in named.items():
+                p.copy_(state["parameters"][name])
+        optimiser.load_state_dict(state["optimiser"])
+        step, tokens, cursor, log_size, label = (state[k] for k in ("step", "tokens", "cursor", "log_size", "label"))
+    if ranks.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / "log.jsonl", "a") as f:
+            f.truncate(log_size)                          # lines after the checkpoint are written again
+    if tokens >= s.tokens:
+        return
+    bad = BadSamples(s.skip_bad)
+    plan = Plan(dataset, processor, s.seed, s.batch_tokens, s.micro_tokens, ranks.rank, ranks.world, cursor, bad)
+    batches = iter(loader(dataset, processor, plan, s.workers, pin_memory=ranks.device.type == "cuda"))
+    bar = tqdm(total=s.tokens, initial=tokens, unit=" tokens", unit_scale=True, disable=ranks.rank > 0,
+               smoothing=0.1, dynamic_ncols=True)
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=precision(s, ranks.device) == torch.bfloat16)
+
+    def save():
+        if ranks.rank == 0:
+            save_checkpoint(out, step, dict(
+                parameters={n: p.detach() for n, p in named.items()}, optimiser=optimiser.state_dict(), step=step,
+                tokens=tokens, cursor=cursor, log_size=(out / "log.jsonl").stat().st_size, label=label,
+                settings=asdict(s)))
+        ranks.wait()
+
+    while tokens < s.tokens:
+        before, (label, progress) = label, objective.prepare(tokens / s.tokens)
+        if before not in (None, label):
+            save()
+        sums, suspects, last = {"tokens": 0, "count": 0, "loss": 0.0}, [], False
+        while not last:                                   # the micro-batches of one step
+            batch = next(batches).to(ranks.device)
+            last, cursor = batch.last, batch.cursor
+            with autocast:
+                loss, count, terms = objective.loss(batch, label)
+            if not torch.isfinite(loss):
+                suspects += batch.names
+            (loss * batch.weight).backward()              # weight 0: a stand-in so that all ranks do as many
+            entries = dict(tokens=int(batch.mask.sum()), count=count, loss=loss.detach(), **terms)
+            for name, value in entries.items():
+                sums[name] = sums.get(name, 0) + value * batch.weight
+        total = ranks.sum(torch.tensor([float(v) for v in sums.values()], dtype=torch.float64, device=ranks.device))
+        sums = dict(zip(sums, total.tolist()))
+        count = max(sums["count"], 1)
+        reduce_gradients(ranks, parameters, count)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, s.clip)
+        stop_if_broken(ranks, suspects or ([] if torch.isfinite(norm) else batch.names), step)
+        rate = learning_rate(s, min(1.0, progress + s.batch_tokens / s.tokens))          # never 0 in the first step
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        step, tokens = step + 1, tokens + int(sums["tokens"])
+        line = dict(step=step, tokens=tokens, stage=label, lr=rate, grad_norm=norm.item(),
+                    **{k: v / count for k, v in sums.items() if k not in ("tokens", "count")})
+        if ranks.rank == 0:                               # no times in the log: a resumed run writes the same lines
+            with open(out / "log.jsonl", "a") as f:
+                f.write(json.dumps(line) + "\n")
+        bar.set_description(label)
+        bar.set_postfix(loss=f"{line['loss']:.4g}", refresh=False)
+        bar.update(int(sums["tokens"]))
+        if step % s.save_every == 0 or tokens >= s.tokens:
+            save()
+    bar.close()
+    if ranks.rank == 0 and bad.bad:
+        print(f"{bad.bad} of {bad.seen} samples could not be used and were left out; the first: {' '.join(bad.first)}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The run: teacher in, student and its report out
+
+
+def build(s, device):
+    """-> teacher, student, processor. The mixers are fp32 masters; everything else is shared and frozen."""
+    teacher, processor = load_teacher(s, device)
+    student = to_hybrid(teacher, s.mixer or CONDS[s.cond].mixer, s.keep_every, s.init, s.seed)
+    if s.stage3 == "full":                                # its own copy of everything but the vision tower
+        student.model.language_model = copy.deepcopy(student.model.language_model)
+        if not student.config.tie_word_embeddings:
+            student.lm_head = copy.deepcopy(student.lm_head)
+        else:
+            student.lm_head.weight = student.model.language_model.embed_tokens.weight
+    masters = torch.promote_types(precision(s, device), torch.float32)
+    for i in student.config.hybrid["layers"]:
+        student.layers[i].self_attn.to(masters)
+    if s.recompute:
+        for layer in student.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    return teacher, student, processor
+
+
+def finish(s, teacher, student, processor):
+    """Saves the merged student, judges it beside its teacher, and draws density maps of some pages."""
+    from evaluate import evaluate_models, table           # judging is not needed to train
+    out, kind = Path(s.out), next(teacher.parameters()).dtype
+    for i in student.config.hybrid["layers"]:
+        student.layers[i].self_attn.to(kind)
+    student.save_pretrained(out)
+    if s.data:
+        print(f"The student is in {out}. python evaluate.py {s.teacher} {out} --bench NAME=FILE judges it.")
+        return
+    draw_pages(teacher, processor, out / "density")
+    if s.questions:
+        results = evaluate_models({"teacher": teacher, s.cond: student}, processor, s.questions)
+        report = table(results)
+        (out / "table.md").write_text(report + "\n")
+        print(f"\n{report}\n")
+    print(f"{out} holds the student (loads like its teacher), log.jsonl, table.md, and density maps in density/.")
+
+
+def draw_pages(teacher, processor, folder, count=3):
+    """Fig. 2 for evaluation pages: where the weight of C4 goes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    m = teacher.config.vision.spatial_merge_size
+    for suite in ("reading", "reasoning"):
+        for sample in (World("eval", 0, suite)[i] for i in range(count)):
+            e = processor.encode(sample)
+            device, kind = teacher.lm_head.weight.device, teacher.lm_head.weight.dtype
+            with torch.inference_mode():
+                features = teacher.visual(e.pixels.to(device, kind), e.grids).patches
+            _, h, w = e.grids[0].tolist()
+            rho = image_densities(features, e.grids, m).view(h // m, w // m)
+            draw_map(sample.images[0], rho).save(folder / f"{sample.source}.png")
+
+
+def dry_run(s):
+    """What the run would need, from the config alone: no weights are read, so it works before the download ends."""
+    c = Config.from_folder(s.teacher)
+    missing = [f for f in ("config.json", "tokenizer.json", "preprocessor_config.json")
+               if not (Path(s.teacher) / f).is_file()] + find_tensors(Path(s.teacher))[1]
+    kind = torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    width = precision(s, kind).itemsize
+    with torch.device("meta"):
+        teacher = Qwen3VL(c)
+    student = to_hybrid(teacher, s.mixer or CONDS[s.cond].mixer, s.keep_every, s.init, s.seed)
+    objective = Distillation(s, teacher, student)
+    count = {k: sum(p.numel() for n, p in objective.mixers.items() if objective.is_new(n) == k) for k in (True, False)}
+    frozen = sum(p.numel() for p in teacher.parameters())
+    trained = sum(p.numel() for p in objective.parameters().values())
+    D, L, V = c.text.hidden_size, c.text.num_hidden_layers, c.text.vocab_size
+    # Kept for the backward pass, a layer and position: the streams, the norms' inputs, the mixer's projections and
+    # the three products of the MLP; with --recompute the stream alone.
+    row = D if s.recompute else 8 * D + 3 * c.text.intermediate_size + 6 * c.text.num_attention_heads * c.text.head_dim
+    rows = dict(frozen=frozen * width, mixers=trained * 16, activations=s.micro_tokens * L * row * width,
+                head=3 * 512 * V * 4)
+    GB = 2 ** 30
+    print(f"{s.teacher}: {frozen / 1e6:,.1f} M frozen parameters, {len(objective.replaced)} of {L} attention layers replaced")
+    if objective.cond.align:
+        print(f"Stage 1 trains {count[True] / 1e6:,.1f} M parameters, Stages 2 and 3 {trained / 1e6:,.1f} M")
+    else:
+        print(f"{s.cond} is Stage 3 alone: it trains {trained / 1e6:,.1f} M parameters")
+    print(f"{s.tokens:,} tokens in about {math.ceil(s.tokens / s.batch_tokens):,} steps of {s.batch_tokens:,}")
+    print(f"each device needs about {sum(rows.values()) / GB:,.2f} GB: " + ", ".join(f"{k} {v / GB:,.2f}" for k, v in rows.items()))
+    if s.data:
+        data = read_data(s.data)
+        print(f"{s.data}: {len(data):,} samples")
+    print(f"missing: {', '.join(missing) or 'nothing'}")
+
+
+def main(argv=None):
+    s = parse(DistillSettings, DEFAULTS, argv, __doc__.split("\n")[0])
+    s.out = s.out or f"out/{s.cond}"
+    if s.dry_run:
+        return dry_run(s)
+    ranks = start(s)
+    teacher, student, processor = build(s, ranks.device)
+    dataset = read_data(s.data) if s.data else World("train", s.seed)
+    try:
+        run(s, Distillation(s, teacher, student), processor, dataset, ranks)
+    except BadSample as error:
+        sys.exit(str(error))
+    if ranks.rank == 0:
+        finish(s, teacher, student, processor)
+    ranks.wait()
+    if ranks.world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,784 @@
+"""Qwen3-VL (dense), and its conversion into a hybrid: one file from checkpoint to answer.
+
+The teacher of the HEED paper (Sect. 4.1): a vision Transformer whose patch features are merged 2x2 into
+visual tokens, a Qwen3 decoder that reads them among the text tokens, and DeepStack, which adds features of
+earlier ViT blocks to the first decoder layers. Module names equal the released checkpoints' tensor names, so
+loading is strict and needs no mapping. `to_hybrid` exchanges three of four attention modules for a linear-time
+mixer; the student shares every other module with its teacher *by reference*, so both cost one set of weights.
+
+    from model import Qwen3VL, to_hybrid
+    teacher = Qwen3VL.from_pretrained("tiny")            # or a folder of a released Qwen3-VL-2B/4B/8B/32B
+    student = to_hybrid(teacher, mixer="mamba2")         # or "gdn", or your own "mymixer.py:MyMixer"
+
+What sits in a decoder layer's `self_attn` slot is a *mixer*; attention is one, Mamba-2 another:
+
+    forward(x, mask=None, state=None, rope=None) -> (y, state)       # x, y (B, T, D)
+
+    code         what it is                                          shape
+    ids          token ids, image placeholders included              (B, T)
+    mask         True at real positions, False at padding            (B, T) bool, or None: nothing to hide
+    pixels       flattened patches of all images, in reading order   (patches, 3 * 2 * ps * ps)
+    grids        [t, h, w] of each image, counted in patches         (images, 3)
+    rope         cos and sin of the interleaved MRoPE angles         2 x (B, T, P)
+    r (paper)    the residual stream: a decoder layer's input        (B, T, D)
+
+Shape letters everywhere: B batch, T positions, D model width, H heads, P head dim, G key/value groups,
+N visual patches (here) or state dim (in mixers), V vocabulary.
+"""
+import copy
+import importlib.util
+import json
+import os
+import re
+import shutil
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+# ---------------------------------------------------------------------------------------------------------
+# Configuration: field names are those of config.json
+
+
+@dataclass
+class TextConfig:
+    vocab_size: int = 151936
+    hidden_size: int = 4096                  # D
+    intermediate_size: int = 12288
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 32            # H
+    num_key_value_heads: int = 8             # G
+    head_dim: int = 128                      # P
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 5e6
+    mrope_section: list = field(default_factory=lambda: [24, 20, 20])     # frequencies of T, H, W
+    max_position_embeddings: int = 262144
+
+
+@dataclass
+class VisionConfig:
+    depth: int = 27
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_heads: int = 16
+    patch_size: int = 16
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    out_hidden_size: int = 4096
+    num_position_embeddings: int = 2304
+    deepstack_visual_indexes: list = field(default_factory=lambda: [8, 16, 24])
+    in_channels: int = 3
+
+
+@dataclass
+class Config:
+    text: TextConfig = field(default_factory=TextConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+    tie_word_embeddings: bool = False
+    eos_token_id: list = field(default_factory=lambda: [151645, 151643])
+    hybrid: Optional[dict] = None            # {"mixer": word or FILE.py:CLASS, "layers": replaced layers (S)}
+
+    @classmethod
+    def from_folder(cls, folder):
+        """Reads config.json; the rope settings may be spelled `rope_scaling` or `rope_parameters`."""
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
+        raw = json.loads(path.read_text())
+        if raw.get("model_type") != "qwen3_vl":
+            raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}, but only the dense qwen3_vl is "
+                             "implemented")
+        text, vision = dict(raw["text_config"]), dict(raw["vision_config"])
+        rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "mrope"):
+            raise ValueError(f"{path}: rope_type {kind!r} is not implemented (only the default, unscaled one)")
+        text.update({k: rope[k] for k in ("rope_theta", "mrope_section") if k in rope})
+        for part, key, ours in ((text, "hidden_act", "silu"), (text, "attention_bias", False),
+                                (vision, "hidden_act", "gelu_pytorch_tanh")):
+            if part.get(key, ours) != ours:
+                raise ValueError(f"{path}: {key} is {part[key]!r}, but only {ours!r} is implemented")
+        known = {f.name for f in fields(cls)} - {"text", "vision"}
+        top = {k: v for k, v in raw.items() if k in known and v is not None}
+        top.setdefault("tie_word_embeddings", text.get("tie_word_embeddings", False))
+        eos = top.get("eos_token_id", text.get("eos_token_id", cls().eos_token_id))
+        if (generation := Path(folder) / "generation_config.json").is_file():
+            stored = json.loads(generation.read_text()).get("eos_token_id")
+            eos = eos if stored is None else stored
+        top["eos_token_id"] = [eos] if isinstance(eos, int) else list(eos or [])
+
+        def pick(kind, values):
+            return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
+        return cls(text=pick(TextConfig, text), vision=pick(VisionConfig, vision), **top)
+
+    def to_json(self):
+        text, top = asdict(self.text), asdict(self)
+        text["rope_parameters"] = dict(rope_type="default", rope_theta=text["rope_theta"], mrope_interleaved=True,
+                                       mrope_section=text.pop("mrope_section"))
+        text["rope_scaling"] = {k: v for k, v in text["rope_parameters"].items() if k != "rope_theta"}
+        text.update(model_type="qwen3_vl_text", hidden_act="silu", attention_bias=False,
+                    tie_word_embeddings=self.tie_word_embeddings)
+        vision = {**top.pop("vision"), "model_type": "qwen3_vl", "hidden_act": "gelu_pytorch_tanh"}
+        top.pop("text")
+        if self.hybrid is None:
+            top.pop("hybrid")
+        kind = "Qwen3VLForConditionalGeneration" if self.hybrid is None else "Qwen3VLHybrid"
+        return dict(architectures=[kind], model_type="qwen3_vl", text_config=text, vision_config=vision, **top)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The vision tower: patches in, visual tokens out
+
+
+class VisionOut(NamedTuple):
+    tokens: torch.Tensor            # (visual tokens, D)  replace the placeholder embeddings
+    deepstack: list                 # of (visual tokens, D), added after decoder layers 0, 1, 2, ...
+    patches: torch.Tensor           # (patches, Dv)  last ViT block, before the merger: what density.py measures
+
+
+def rotate_half(x):
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((-b, a), dim=-1)
+
+
+def rotate(x, cos, sin):
+    """Half-split rotary embedding; cos and sin broadcast against x."""
+    return x * cos + rotate_half(x) * sin
+
+
+def block_order(h, w, m):
+    """Rows and columns of an h x w patch grid in merge-block order: m*m consecutive patches are one token."""
+    row = rearrange(torch.arange(h).view(h, 1).expand(h, w), "(bh mh) (bw mw) -> (bh bw mh mw)", mh=m, mw=m)
+    col = rearrange(torch.arange(w).view(1, w).expand(h, w), "(bh mh) (bw mw) -> (bh bw mh mw)", mh=m, mw=m)
+    return row, col
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        kernel = (c.temporal_patch_size, c.patch_size, c.patch_size)
+        self.proj = nn.Conv3d(c.in_channels, c.hidden_size, kernel, stride=kernel)      # holds the weights
+
+    def forward(self, pixels):                                                          # (N, 3*2*ps*ps)
+        # Kernel = stride, so the convolution is a matrix product, which is far faster in bf16.
+        return F.linear(pixels.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.heads = c.num_heads
+        self.qkv = nn.Linear(c.hidden_size, 3 * c.hidden_size)
+        self.proj = nn.Linear(c.hidden_size, c.hidden_size)
+
+    def forward(self, x, rope, lengths):                                                # (N, Dv)
+        q, k, v = rearrange(self.qkv(x), "n (three h p) -> three n h p", three=3, h=self.heads)
+        cos, sin = (t[:, None] for t in rope)                                           # (N, 1, P)
+        q, k = (rotate(t.float(), cos, sin).to(t.dtype) for t in (q, k))
+        if len(set(lengths)) == 1:                        # frames of one size: a single batched call
+            parts = [rearrange(t, "(f n) h p -> f h n p", n=lengths[0]) for t in (q, k, v)]
+            y = rearrange(F.scaled_dot_product_attention(*parts), "f h n p -> (f n) (h p)")
+        else:                                             # a patch sees only its own frame
+            frames = zip(*(rearrange(t, "n h p -> h n p").split(lengths, dim=1) for t in (q, k, v)))
+            y = torch.cat([rearrange(F.scaled_dot_product_attention(*(t[None] for t in f))[0], "h n p -> n (h p)")
+                           for f in frames])
+        return self.proj(y)
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.linear_fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
+        self.linear_fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
+
+    def forward(self, x):
+        return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh"))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(c.hidden_size, eps=1e-6)
+        self.norm2 = nn.LayerNorm(c.hidden_size, eps=1e-6)
+        self.attn = VisionAttention(c)
+        self.mlp = VisionMLP(c)
+
+    def forward(self, x, rope, lengths):
+        x = x + self.attn(self.norm1(x), rope, lengths)
+        return x + self.mlp(self.norm2(x))
+
+
+class Merger(nn.Module):
+    """m x m patches -> one token of width D. The main merger normalises before the shuffle, DeepStack's after."""
+
+    def __init__(self, c, norm_after):
+        super().__init__()
+        self.width = c.hidden_size * c.spatial_merge_size ** 2
+        self.norm_after = norm_after
+        self.norm = nn.LayerNorm(self.width if norm_after else c.hidden_size, eps=1e-6)
+        self.linear_fc1 = nn.Linear(self.width, self.width)
+        self.linear_fc2 = nn.Linear(self.width, c.out_hidden_size)
+
+    def forward(self, x):                                                               # (N, Dv)
+        x = self.norm(x.view(-1, self.width)) if self.norm_after else self.norm(x).view(-1, self.width)
+        return self.linear_fc2(F.gelu(self.linear_fc1(x)))     # the exact GELU here, tanh in the ViT blocks
+
+
+class VisionTower(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.patch_embed = PatchEmbed(c)
+        self.pos_embed = nn.Embedding(c.num_position_embeddings, c.hidden_size)
+        self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
+        self.merger = Merger(c, norm_after=False)
+        self.deepstack_merger_list = nn.ModuleList(Merger(c, norm_after=True) for _ in c.deepstack_visual_indexes)
+
+    def positions(self, h, w):
+        """Learned position embedding of an h x w grid, bilinear in a square table, both corners aligned."""
+        side = round(self.config.num_position_embeddings ** 0.5)
+        row, col = block_order(h, w, self.config.spatial_merge_size)
+        y, x = (torch.linspace(0, side - 1, n)[i].to(self.pos_embed.weight.device) for n, i in ((h, row), (w, col)))
+        y0, x0 = y.floor().long(), x.floor().long()
+        y1, x1 = (y0 + 1).clamp(max=side - 1), (x0 + 1).clamp(max=side - 1)
+        fy, fx = (y - y0)[:, None], (x - x0)[:, None]
+        table = self.pos_embed                                                          # (side * side, Dv)
+        top = (1 - fx) * table(y0 * side + x0) + fx * table(y0 * side + x1)
+        bottom = (1 - fx) * table(y1 * side + x0) + fx * table(y1 * side + x1)
+        return ((1 - fy) * top + fy * bottom).to(table.weight.dtype)                    # (h * w, Dv)
+
+    def rotary(self, h, w, device):
+        half = self.config.hidden_size // self.config.num_heads // 2
+        inverse = 1e4 ** (-torch.arange(0, half, 2).float() / half)
+        row, col = block_order(h, w, self.config.spatial_merge_size)
+        angle = torch.cat((row[:, None] * inverse, col[:, None] * inverse), dim=-1)
+        return torch.cat((angle, angle), dim=-1).to(device)                             # (h * w, P), fp32
+
+    def forward(self, pixels, grids):
+        """pixels (patches, 3*2*ps*ps) in merge-block order, grids (images, 3) -> VisionOut."""
+        frames = [(h, w) for t, h, w in grids.tolist() for _ in range(t)]
+        lengths = [h * w for h, w in frames]
+        if sum(lengths) != len(pixels):
+            raise ValueError(f"grids describe {sum(lengths)} patches, but pixels has {len(pixels)} rows")
+        m = self.config.spatial_merge_size
+        if odd := [(h, w) for h, w in frames if h % m or w % m]:
+            raise ValueError(f"a grid of {odd[0][0]} x {odd[0][1]} patches has no whole {m} x {m} blocks")
+        sizes = {size: (self.positions(*size), self.rotary(*size, pixels.device)) for size in set(frames)}
+        x = self.patch_embed(pixels) + torch.cat([sizes[f][0] for f in frames])         # (N, Dv)
+        angle = torch.cat([sizes[f][1] for f in frames])
+        rope, deepstack = (angle.cos(), angle.sin()), []
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, lengths)
+            if i in self.config.deepstack_visual_indexes:
+                j = self.config.deepstack_visual_indexes.index(i)
+                deepstack.append(self.deepstack_merger_list[j](x))
+        return VisionOut(self.merger(x), deepstack, x)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The decoder
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+
+
+class KVCache(NamedTuple):
+    """Attention's state. The buffers have room to spare and are written in place: a state is used once."""
+    k: torch.Tensor                 # (B, G, capacity, P)
+    v: torch.Tensor                 # (B, G, capacity, P)
+    mask: Optional[torch.Tensor]    # (B, length) bool; None while nothing was ever padded
+    length: int
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with QK-norm: the mixer whose weights seed all others."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.config, self.layer = config, layer
+        d, p = config.hidden_size, config.head_dim
+        h, g = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(d, h * p, bias=False)
+        self.k_proj = nn.Linear(d, g * p, bias=False)
+        self.v_proj = nn.Linear(d, g * p, bias=False)
+        self.o_proj = nn.Linear(h * p, d, bias=False)
+        self.q_norm = RMSNorm(p, config.rms_norm_eps)
+        self.k_norm = RMSNorm(p, config.rms_norm_eps)
+
+    def forward(self, x, mask=None, state=None, rope=None):                             # (B, T, D)
+        q, k, v = (rearrange(f(x), "b t (h p) -> b h t p", p=self.config.head_dim)
+                   for f in (self.q_proj, self.k_proj, self.v_proj))
+        cos, sin = (t[:, None] for t in rope)                                           # (B, 1, T, P)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        state = append(state, k, v, mask)
+        k, v = state.k[:, :, :state.length], state.v[:, :, :state.length]               # (B, G, S, P)
+        y = attend(q, k, v, state.mask)                                                 # (B, H, T, P)
+        return self.o_proj(rearrange(y, "b h t p -> b t (h p)")), state
+
+
+def append(state, k, v, mask):
+    """New keys and values at the end of the cache; it grows by an eighth, so decoding rarely copies."""
+    new = k.shape[2]
+    if state is None:
+        return KVCache(k, v, mask, new)
+    length, total = state.length, state.length + new
+    buffers = []
+    for old, fresh in ((state.k, k), (state.v, v)):
+        if old.shape[2] < total:
+            grown = old.new_empty(*old.shape[:2], total + max(256, total // 8), old.shape[3])
+            grown[:, :, :length] = old[:, :, :length]
+            old = grown
+        old[:, :, length:total] = fresh
+        buffers.append(old)
+    if mask is not None or state.mask is not None:
+        ones = torch.ones(len(k), 1, dtype=torch.bool, device=k.device)
+        mask = torch.cat([ones.expand(-1, length) if state.mask is None else state.mask,
+                          ones.expand(-1, new) if mask is None else mask], dim=1)
+    return KVCache(*buffers, mask, total)
+
+
+def attend(q, k, v, mask):
+    """Causal grouped-query attention of the last T of S positions. q (B,H,T,P), k and v (B,G,S,P), mask (B,S)."""
+    T, S, G = q.shape[2], k.shape[2], k.shape[1]
+    if T == 1:                                            # decode: the queries of a group share its keys
+        see = None if mask is None else (mask | ~mask[:, -1:])[:, None, None, :]        # as below for padding
+        y = F.scaled_dot_product_attention(rearrange(q, "b (g r) 1 p -> b g r p", g=G), k, v, attn_mask=see)
+        return rearrange(y, "b g r p -> b (g r) 1 p")
+    k, v = (t.repeat_interleave(q.shape[1] // G, dim=1) for t in (k, v))                # whole heads
+    if mask is None and S == T:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    see = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    if mask is not None:                                  # a padded query sees all, lest its softmax be empty
+        see = see & (mask[:, None, None, :] | ~mask[:, None, S - T:, None])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=see)
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config, layer, mixer=Attention):
+        super().__init__()
+        self.self_attn = mixer(config, layer)             # the slot keeps its checkpoint name, whoever sits in it
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, mask=None, rope=None, state=None):
+        """-> next residual stream (B,T,D), the mixer's output before the residual sum (B,T,D), the new state."""
+        o, state = self.self_attn(self.input_layernorm(x), mask, state, rope)
+        x = x + o
+        return x + self.mlp(self.post_attention_layernorm(x)), o, state
+
+
+class TextModel(nn.Module):
+    def __init__(self, config, hybrid):
+        super().__init__()
+        replaced = set(hybrid["layers"]) if hybrid else ()
+        mixer = mixer_class(hybrid["mixer"]) if hybrid else None
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, mixer if i in replaced else Attention)
+                                    for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Backbone(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.visual = VisionTower(c.vision)
+        self.language_model = TextModel(c.text, c.hybrid)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Positions: interleaved multimodal RoPE
+
+
+def mrope_positions(ids, mask, grids, config):
+    """Time, row and column of every token.
+
+    A text token takes (p, p, p); an image of h x w merged patches takes (p, p + row, p + column) and the text
+    goes on at p + max(h, w). Padding is not counted.
+
+    Args: ids (B, T), mask (B, T) bool or None, grids (images, 3) or None.
+    Returns: (3, B, T) int64 positions and (B,) the position of the token that comes next.
+    Raises ValueError when the placeholders do not match the grids.
+    """
+    B, T = ids.shape
+    m = config.vision.spatial_merge_size
+    frames = iter([(h // m, w // m) for t, h, w in (grids.tolist() if grids is not None else ()) for _ in range(t)])
+    visual = ((ids == config.image_token_id) | (ids == config.video_token_id)).tolist()
+    real = [[True] * T] * B if mask is None else mask.tolist()
+    positions, following = torch.zeros(3, B, T, dtype=torch.long), []
+    for b in range(B):
+        kept = [t for t in range(T) if real[b][t]]
+        columns, p, i = [], 0, 0
+        while i < len(kept):
+            if not visual[b][kept[i]]:
+                run = 1
+                while i + run < len(kept) and not visual[b][kept[i + run]]:
+                    run += 1
+                columns.append((p + torch.arange(run)).expand(3, run))
+                p += run
+            else:
+                h, w = next(frames, (0, 0))
+                run = h * w
+                if run == 0:
+                    raise ValueError(f"row {b}: there is no image for the placeholder at token {kept[i]}")
+                if not all(visual[b][t] for t in kept[i:i + run]) or i + run > len(kept):
+                    raise ValueError(f"row {b}: the image at token {kept[i]} has a merged grid of {h} x {w}, "
+                                     f"but fewer than {run} placeholders")
+                row, col = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
+                columns.append(p + torch.stack((torch.zeros_like(row), row, col)))
+                p += max(h, w)
+            i += run
+        if columns:
+            positions[:, b, torch.tensor(kept)] = torch.cat(columns, dim=1)
+        following.append(p)
+    if next(frames, None) is not None:
+        raise ValueError("there are more image grids than images in the token ids")
+    return positions.to(ids.device), torch.tensor(following, device=ids.device)
+
+
+def mrope(positions, config, dtype):
+    """cos and sin, each (B, T, P), of positions (3, B, T): frequencies interleaved T H W T H W ... T T."""
+    P = config.head_dim
+    inverse = 1 / config.rope_theta ** (torch.arange(0, P, 2, device=positions.device).float() / P)
+    angle = positions[..., None].float() * inverse                                      # (3, B, T, P/2)
+    mixed = angle[0].clone()
+    for axis in (1, 2):
+        stop = 3 * config.mrope_section[axis]
+        mixed[..., axis:stop:3] = angle[axis][..., axis:stop:3]
+    mixed = torch.cat((mixed, mixed), dim=-1)
+    return mixed.cos().to(dtype), mixed.sin().to(dtype)                                 # angles stay fp32
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The model
+
+
+class Embedded(NamedTuple):
+    x: torch.Tensor                 # (B, T, D)  the residual stream before layer 0
+    deepstack: list                 # of (B, T, D), zero off the images; [j] is added after layer j
+    rope: tuple                     # cos, sin: (B, T, P) each
+    following: torch.Tensor         # (B,)  position of the next token
+
+
+def causal_mask_needed(mask):
+    """What the layers must be told about padding: None when it is only on the right.
+
+    Every mixer is causal, so a real position never sees what stands right of it; without a state to keep, right
+    padding needs no mask at all, which is the fast path of training.
+    """
+    return None if mask is None or bool(mask[:, 0].all()) else mask
+
+
+class Qwen3VL(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.folder, self.sampling = None, {}             # where it was loaded from; its generation_config
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.language_model.embed_tokens.weight
+
+    visual = property(lambda self: self.model.visual)
+    layers = property(lambda self: self.model.language_model.layers)
+    norm = property(lambda self: self.model.language_model.norm)
+
+    def embed(self, ids, mask=None, pixels=None, grids=None, vision=None):
+        """Tokens and images -> the residual stream before layer 0, and what the layers need with it.
+
+        vision: a VisionOut of these images, when it was computed before (teacher and student share it).
+        """
+        if ids.numel() == 0:
+            raise ValueError(f"there is nothing to read: ids have shape {tuple(ids.shape)}")
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != ids.shape):
+            raise ValueError(f"mask must be bool of shape {tuple(ids.shape)}, but is {mask.dtype} of "
+                             f"{tuple(mask.shape)}")
+        if vision is None and (pixels is None) != (grids is None):
+            raise ValueError("pixels and grids belong together, but only one of them is given")
+        x = self.model.language_model.embed_tokens(ids)                                 # (B, T, D)
+        positions, following = mrope_positions(ids, mask, grids, self.config)
+        rope = mrope(positions, self.config.text, x.dtype)
+        if vision is None and pixels is not None:
+            vision = self.visual(pixels, grids)
+        deepstack = []
+        if vision is not None:
+            at = (ids == self.config.image_token_id) | (ids == self.config.video_token_id)
+            at = (at if mask is None else at & mask)[..., None]                         # (B, T, 1)
+            x = x.masked_scatter(at, vision.tokens.to(x.dtype))
+            deepstack = [torch.zeros_like(x).masked_scatter(at, f.to(x.dtype)) for f in vision.deepstack]
+        return Embedded(x, deepstack, rope, following)
+
+    def decode(self, x, deepstack, rope, mask, states):
+        """One chunk through all layers. states: one per layer (None at the start). -> hidden (B, T, D), states."""
+        fresh = []
+        for i, layer in enumerate(self.layers):
+            x, _, state = layer(x, mask, rope, states[i])
+            if i < len(deepstack):
+                x = x + deepstack[i]
+            fresh.append(state)
+        return x, fresh
+
+    def hidden(self, ids, mask=None, pixels=None, grids=None, vision=None):
+        """The normalised last hidden states (B, T, D), before the head. Padding on the left or on the right."""
+        x, deepstack, rope, _ = self.embed(ids, mask, pixels, grids, vision)
+        mask = causal_mask_needed(mask)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, mask, rope)[0]
+            if i < len(deepstack):
+                x = x + deepstack[i]
+        return self.norm(x)
+
+    def forward(self, ids, mask=None, pixels=None, grids=None):
+        """-> logits (B, T, V)."""
+        return self.lm_head(self.hidden(ids, mask, pixels, grids))
+
+    @torch.inference_mode()
+    def prefill(self, ids, mask=None, pixels=None, grids=None, chunk=None):
+        """Reads a prompt, `chunk` positions at a time. -> logits after each row's last token (B, V), states,
+        the next positions (B,). Each layer's state is right wherever the padding stands."""
+        B, T = ids.shape
+        x, deepstack, rope, following = self.embed(ids, mask, pixels, grids)
+        end = T - 1 if mask is None else torch.where(mask, torch.arange(T, device=ids.device), 0).amax(1)
+        end = torch.as_tensor(end, device=ids.device).expand(B)
+        states, last = [None] * len(self.layers), torch.zeros_like(x[:, 0])
+        for a in range(0, T, chunk or T):
+            b = min(T, a + (chunk or T))
+            h, states = self.decode(x[:, a:b], [f[:, a:b] for f in deepstack], tuple(t[:, a:b] for t in rope),
+                                    None if mask is None else mask[:, a:b], states)
+            here = (end >= a) & (end < b)
+            last = torch.where(here[:, None], h[torch.arange(B), (end - a).clamp(0, b - a - 1)], last)
+        return self.lm_head(self.norm(last)), states, following
+
+    @torch.inference_mode()
+    def step(self, tokens, states, position):
+        """One more token for every row. tokens (B,), position (B,) -> logits (B, V), states."""
+        x = self.model.language_model.embed_tokens(tokens[:, None])
+        rope = mrope(position[None, :, None].expand(3, -1, 1), self.config.text, x.dtype)
+        h, states = self.decode(x, [], rope, None, states)
+        return self.lm_head(self.norm(h[:, 0])), states
+
+    @torch.inference_mode()
+    def generate(self, ids, mask=None, pixels=None, grids=None, max_new_tokens=64, chunk=None, generator=None,
+                 temperature=0.0, top_p=1.0, top_k=0):
+        """Answers, greedy by default; `generate(..., **model.sampling)` samples as the checkpoint suggests.
+
+        ids (B, T) padded on either side, mask (B, T). Returns B lists of new token ids, without the eos.
+        """
+        logits, states, position = self.prefill(ids, mask, pixels, grids, chunk)
+        answers, done = [[] for _ in range(len(ids))], [False] * len(ids)
+        for n in range(max_new_tokens):
+            token = sample(logits, temperature, top_p, top_k, generator)                # (B,)
+            for b, t in enumerate(token.tolist()):
+                done[b] = done[b] or t in self.config.eos_token_id
+                if not done[b]:
+                    answers[b].append(t)
+            if all(done) or n + 1 == max_new_tokens:
+                break
+            logits, states = self.step(token, states, position)
+            position = position + 1
+        return answers
+
+    # -- checkpoints ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=None, device="cpu"):
+        """Loads a folder of config.json and safetensors, single or sharded, in `dtype` (default: as stored).
+
+        The files are mapped, not read: on the CPU and in the stored dtype the parameters *are* the mapping, and
+        otherwise one tensor at a time is converted. All that is wrong is named in one ValueError.
+        """
+        config = Config.from_folder(folder)
+        with torch.device("meta"):
+            model = cls(config)
+        expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+        if config.tie_word_embeddings:
+            expected.pop("lm_head.weight")
+        where, wrong = find_tensors(Path(folder))
+        spare = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        wrong += [f"missing tensor {n} {list(expected[n])}" for n in expected if n not in where]
+        wrong += [f"unexpected tensor {n}" for n in where if n not in expected and n not in spare]
+        wrong += [f"{n} has shape {list(where[n][1])} where {list(expected[n])} is needed"
+                  for n in expected if n in where and where[n][1] != expected[n]]
+        if wrong:
+            raise ValueError(f"{folder} does not hold this model, {len(wrong)} problem(s): " + "; ".join(wrong))
+        state, kept = {}, {}
+        for name in expected:                             # reopened each time: closing drops the mapped pages
+            file = where[name][0]
+            with safe_open(file, framework="pt") as f:
+                stored = f.get_tensor(name)
+                state[name] = stored.to(device=device, dtype=dtype)
+            if state[name] is stored:                     # not converted: one lasting mapping serves them all
+                kept[file] = kept.get(file) or safe_open(file, framework="pt")
+                state[name] = kept[file].get_tensor(name)
+            del stored
+        if config.tie_word_embeddings:
+            state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
+        model.load_state_dict(state, assign=True)
+        if config.tie_word_embeddings:                    # assign made two Parameters of one tensor
+            model.lm_head.weight = model.model.language_model.embed_tokens.weight
+        model.folder = Path(folder)
+        if (path := model.folder / "generation_config.json").is_file():
+            stored = json.loads(path.read_text())
+            if stored.get("do_sample"):                   # else greedy, as transformers reads it
+                names = ("temperature", "top_p", "top_k")
+                model.sampling = {k: stored[k] for k in names if stored.get(k) is not None}
+        return model.eval()
+
+    def save_pretrained(self, folder, shard_bytes=5 * 2 ** 30):
+        """Writes config.json and safetensors (what transformers loads, unless it is a hybrid), and copies the
+        tokenizer and image settings of the folder this model came from. Each file appears whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {k: v for k, v in self.state_dict().items()
+                 if not (self.config.tie_word_embeddings and k == "lm_head.weight")}
+        shards, size = [[]], 0
+        for name, t in state.items():
+            if shards[-1] and size + t.nbytes > shard_bytes:
+                shards.append([])
+                size = 0
+            shards[-1].append(name)
+            size += t.nbytes
+        names = ["model.safetensors"] if len(shards) == 1 else \
+            [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        for file, shard in zip(names, shards):
+            save_file({n: state[n].detach().cpu().contiguous() for n in shard}, folder / f"{file}.tmp",
+                      metadata={"format": "pt"})
+            os.replace(folder / f"{file}.tmp", folder / file)
+        texts = {"config.json": self.config.to_json()}
+        if len(shards) > 1:
+            texts["model.safetensors.index.json"] = dict(
+                metadata=dict(total_size=sum(t.nbytes for t in state.values())),
+                weight_map={n: file for file, shard in zip(names, shards) for n in shard})
+        for file, content in texts.items():
+            (folder / f"{file}.tmp").write_text(json.dumps(content, indent=2) + "\n")
+            os.replace(folder / f"{file}.tmp", folder / file)
+        stale = [f for f in folder.iterdir() if f.name not in (*names, *texts)
+                 and re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", f.name)]
+        for file in sorted(stale, key=lambda f: f.suffix != ".json"):    # an index goes before its shards
+            file.unlink()
+        if self.folder and self.folder.resolve() != folder.resolve():
+            for pattern in ("tokenizer*", "preprocessor_config.json", "generation_config.json", "chat_template*",
+                            "vocab.json", "merges.txt", "special_tokens_map.json", "video_preprocessor_config.json"):
+                for file in self.folder.glob(pattern):
+                    shutil.copy(file, folder / file.name)
+
+
+def find_tensors(folder):
+    """-> {name: (file, shape)} of every tensor in the folder, and a list of what is wrong with its files."""
+    wrong, where = [], {}
+    if (index := folder / "model.safetensors.index.json").is_file():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        files = ["model.safetensors"]
+    for file in files:
+        if not (folder / file).is_file():
+            wrong.append(f"missing file {file}")
+            continue
+        try:
+            with safe_open(folder / file, framework="pt") as f:
+                where.update({n: (folder / file, tuple(f.get_slice(n).get_shape())) for n in f.keys()})
+        except Exception as error:                        # safetensors' own error type is not a public class
+            wrong.append(f"unreadable file {file} ({error})")
+    return where, wrong
+
+
+def sample(logits, temperature, top_p, top_k, generator=None):
+    """Next tokens (B,) from logits (B, V): the argmax at temperature 0, else the top-k, then top-p nucleus."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        p = ordered.softmax(-1)
+        outside = p.cumsum(-1) - p >= top_p               # the first token over the bound stays in,
+        outside[:, 0] = False                             # and the likeliest at any bound
+        logits = logits.masked_fill(outside.gather(-1, index.argsort(-1)), float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# From a teacher to a hybrid
+
+MIXERS = {"mamba2": "mamba2.py:Mamba2", "gdn": "gdn.py:GatedDeltaNet"}
+
+
+def mixer_class(spec):
+    """The class named by a word of MIXERS, or by FILE.py:CLASS (looked for here, then beside this file)."""
+    file, _, name = MIXERS.get(spec, spec).partition(":")
+    folders = [Path(__file__).parent] if spec in MIXERS else [Path(), Path(__file__).parent]
+    found = [(p / file).resolve() for p in folders if (p / file).is_file()]
+    if not name or not found:
+        raise ValueError(f"no mixer {spec!r}: give one of {', '.join(MIXERS)}, or FILE.py:CLASS with a file that "
+                         "exists")
+    loaded = sys.modules.get(found[0].stem)
+    if Path(getattr(loaded, "__file__", None) or "").resolve() != found[0]:     # else it is imported
+        module = importlib.util.spec_from_file_location(found[0].stem, found[0])
+        loaded = importlib.util.module_from_spec(module)
+        sys.modules.setdefault(found[0].stem, loaded)          # so that `import` gives the same classes
+        module.loader.exec_module(loaded)
+    if not hasattr(loaded, name):
+        raise ValueError(f"{found[0]} has no class {name}")
+    return getattr(loaded, name)
+
+
+def reshell(module, **children):
+    """A module with some children exchanged, which shares all the others, and its parameters, by reference."""
+    shell = copy.copy(module)
+    for name, value in vars(module).items():              # its own tables: a hook on one is none on the other
+        if isinstance(value, dict):
+            shell.__dict__[name] = value.copy()
+    shell._modules.update(children)
+    return shell
+
+
+def to_hybrid(teacher, mixer="mamba2", keep_every=4, init="default", seed=0):
+    """The student f_theta-hat: attention stays in every `keep_every`-th layer (3, 7, ... of 0-based 4), all the
+    other layers S get a mixer made from that layer's attention (Sect. 4.1). Only the mixers own new weights.
+
+    Raises ValueError when no layer would keep attention or none would be replaced.
+    """
+    layers = teacher.layers
+    replaced = [i for i in range(len(layers)) if (i + 1) % keep_every != 0]
+    if not 0 < len(replaced) < len(layers):
+        raise ValueError(f"keep_every {keep_every} on {len(layers)} layers replaces {len(replaced)} of them; "
+                         "a hybrid needs both kinds")
+    kind, fresh = mixer_class(mixer), list(layers)
+    for i in replaced:
+        generator = torch.Generator().manual_seed(1_000_003 * seed + i)
+        fresh[i] = reshell(layers[i], self_attn=kind.from_attention(layers[i].self_attn, init, generator))
+    text = reshell(teacher.model.language_model, layers=nn.ModuleList(fresh))
+    student = reshell(teacher, model=reshell(teacher.model, language_model=text))
+    student.config = copy.copy(teacher.config)
+    student.config.hybrid = {"mixer": mixer, "layers": replaced}
+    return student

@@ -1,0 +1,386 @@
+"""The embedded world: small documents and scenes drawn with Pillow, with questions and exact answers.
+
+The paper distils on 1.34 M public samples (Table 12) and judges by ten benchmarks in two groups: fine-grained
+perception, where a few patches carry the answer, and reasoning, which a blurred picture would serve as well
+(Sect. 5.1). This file draws both kinds in miniature, so that the whole method runs with nothing to download:
+
+    suite       family     page                                          question -> answer
+    reading     receipt    items and prices                              price of the milk? -> 4.75
+                form       fields filled with names, cities, codes       what is the code? -> k7q2
+                sign       one sign in front of a softly textured wall   what does the sign say? -> gate 417
+                chart      bars with a value above and a name below      value of may? -> 37
+                digits     real handwriting: 8 x 8 scans of digits       which number? -> 508
+    reasoning   colour     large shapes                                  colour of the circle? -> red
+                shape                                                    which shape is red? -> circle
+                count                                                    how many shapes? -> 3
+                relation                                                 circle left or right of the square? -> left
+    (text)      text       no page                                       plain English, all of it supervised
+
+Every sample is a pure function of (split, seed, index). The splits share neither random streams nor
+handwritten digits: the scans (tiny/digits.npz: 1,797 of the UCI optical digits, CC BY 4.0, as shipped with
+scikit-learn) are divided, the last 500 being for evaluation only.
+
+    python synthdoc.py out.png            # a contact sheet of every family
+
+A page is a grid of cells: 16 x 16 pixels are one visual token of the embedded teacher (patch 8, merge 2) and
+hold one line's height and two characters. Text starts at a cell and is jittered by up to 2 pixels.
+"""
+import sys
+import zlib
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from data import Sample
+
+CELL = 16                     # pixels: the side of a visual token
+CHARS = "abcdefghijklmnopqrstuvwxyz0123456789."
+ITEMS = ("milk bread apple tea rice salt fish eggs soap pasta honey juice lemon onion cocoa butter cheese sugar "
+         "flour grapes").split()
+FIELDS = "name city code street room team color title".split()
+NAMES = "anna boris clara david elena frank greta henry irene jonas karla louis maria nils olga peter".split()
+CITIES = "oslo paris rome vienna lima cairo delhi kyoto quebec berlin madrid dublin".split()
+STREETS = "oak elm pine mill lake hill park river".split()
+SIGNS = "gate exit dock hall lift ward track store studio museum garage office".split()
+MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
+SHAPES = "circle square triangle".split()
+COLOURS = dict(red=(208, 44, 44), green=(40, 150, 66), blue=(48, 88, 205), yellow=(233, 196, 40),
+               purple=(140, 60, 170), black=(36, 36, 40))
+SUITES = dict(reading="receipt form sign chart digits".split(), reasoning="colour shape count relation".split())
+TRAIN_SHARES = dict(reading=0.55, reasoning=0.30, text=0.15)          # of samples; the rest of the world is Table 12
+HELD_OUT_DIGITS = 500
+
+
+@dataclass
+class Page:
+    """A picture under construction, and what stands where: the marks teach the vision tower (make_teacher.py)."""
+    canvas: np.ndarray                                    # (height, width, 3) float32, 0..255
+    marks: list = field(default_factory=list)             # (what, x0, y0, x1, y1) in pixels
+    questions: list = field(default_factory=list)         # (question, answer)
+    lines: list = field(default_factory=list)             # all that is written, in reading order
+
+    @property
+    def cells(self):
+        return self.canvas.shape[0] // CELL, self.canvas.shape[1] // CELL
+
+    @property
+    def image(self):
+        return Image.fromarray(self.canvas.clip(0, 255).astype(np.uint8))
+
+
+@lru_cache(maxsize=None)
+def glyph(char, size):
+    """Coverage (16, 8) in 0..1 of one character, centred on its column and narrowed where it is too wide."""
+    font = ImageFont.load_default(size)                   # Pillow's own font: the same on every machine
+    big = Image.new("L", (24, CELL))
+    ImageDraw.Draw(big).text((4, 13), char, fill=255, font=font, anchor="ls")
+    box = big.getbbox() or (4, 0, 8, CELL)
+    ink = big.crop((box[0], 0, box[2], CELL))
+    if ink.width > 8:
+        ink = ink.resize((8, CELL), Image.BILINEAR)
+    cell = Image.new("L", (8, CELL))
+    cell.paste(ink, ((8 - ink.width) // 2, 0))
+    return np.asarray(cell, np.float32) / 255
+
+
+def write(page, rng, text, row, col, ink, size=13):
+    """Text from cell (row, col) on, two characters a cell, jittered as a whole by up to 2 pixels."""
+    x0, y0 = col * CELL + int(rng.integers(-2, 3)), row * CELL + int(rng.integers(-2, 3))
+    height, width = page.canvas.shape[:2]
+    for i, char in enumerate(text):
+        x = x0 + 8 * i
+        top, left, bottom, right = max(0, y0), max(0, x), min(height, y0 + CELL), min(width, x + 8)
+        a = glyph(char, size)[top - y0:bottom - y0, left - x:right - x, None]
+        spot = page.canvas[top:bottom, left:right]
+        spot += a * (np.asarray(ink, np.float32) - spot)
+        if char != " ":
+            page.marks.append((char, x, y0, x + 8, y0 + CELL))
+
+
+def blank(rng, cells, texture):
+    """A light page: one tint, and with `texture` > 0 slow variations of that many grey levels."""
+    height, width = cells[0] * CELL, cells[1] * CELL
+    tint = rng.integers(222, 253, 3).astype(np.float32)
+    coarse = rng.normal(0, texture, (4, 4)).astype(np.float32)
+    slow = np.asarray(Image.fromarray(coarse).resize((width, height), Image.BICUBIC))
+    return Page(np.broadcast_to(tint, (height, width, 3)) + slow[..., None])
+
+
+def dark(rng):
+    return rng.integers(0, 90, 3)
+
+
+def draw(page, paint):
+    """Lets `paint(ImageDraw)` work on the canvas."""
+    image = page.image
+    paint(ImageDraw.Draw(image))
+    page.canvas = np.asarray(image, np.float32).copy()
+
+
+def code(rng):
+    """Four characters, letter digit letter digit: no two codes are likely to be alike."""
+    letters, digits = CHARS[:26], CHARS[26:36]
+    return "".join(str(rng.choice(list(s))) for s in (letters, digits, letters, digits))
+
+
+def number(rng, digits):
+    return str(rng.integers(10 ** (digits - 1), 10 ** digits))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Families: each draws a page and lists its questions
+
+
+def receipt(rng, cells, split):
+    page, (rows, cols), ink = blank(rng, cells, 3), cells, dark(rng)
+    lines, left = int(rng.integers(1, min(4, rows) + 1)), int(rng.integers(0, cols - 6 + 1))
+    for item, row in zip(rng.choice(ITEMS, lines, replace=False), sorted(rng.choice(rows, lines, replace=False))):
+        price = f"{rng.integers(1, 10)}.{rng.integers(10, 100)}"
+        write(page, rng, str(item), int(row), left, ink)
+        write(page, rng, price, int(row), left + 4, ink)
+        page.lines.append(f"{item} {price}")
+        page.questions.append((f"What is the price of {item}?", price))
+    return page
+
+
+def form(rng, cells, split):
+    page, (rows, cols), ink, pen = blank(rng, cells, 3), cells, dark(rng), dark(rng)
+    lines, left = int(rng.integers(1, min(3, rows) + 1)), int(rng.integers(0, cols - 7 + 1))
+    fill = dict(name=NAMES, city=CITIES, street=STREETS, color=list(COLOURS), title=SIGNS)
+    for label, row in zip(rng.choice(FIELDS, lines, replace=False), sorted(rng.choice(rows, lines, replace=False))):
+        label = str(label)
+        value = {"code": code(rng), "room": number(rng, 3), "team": number(rng, 2)}.get(label) \
+            or str(rng.choice(fill[label]))
+        write(page, rng, label, int(row), left, ink)
+        write(page, rng, value, int(row), left + 4, pen)
+        page.lines.append(f"{label} {value}")
+        page.questions.append((f"What is the {label}?", value))
+    return page
+
+
+def sign(rng, cells, split):
+    page, (rows, cols) = blank(rng, cells, 9), cells
+    word, digits = str(rng.choice(SIGNS)), number(rng, 3)
+    row, col = int(rng.integers(0, rows - 1)), int(rng.integers(0, cols - 3))
+    panel = tuple(int(c) for c in rng.integers(20, 110, 3))
+    draw(page, lambda d: d.rectangle([col * CELL - 3, row * CELL - 2, (col + 4) * CELL + 1, (row + 2) * CELL + 1],
+                                     fill=panel))
+    light = rng.integers(225, 256, 3)
+    write(page, rng, word, row, col, light)
+    write(page, rng, digits, row + 1, col, light)
+    page.lines.append(f"{word} {digits}")
+    page.questions += [("What does the sign say?", f"{word} {digits}"), ("Which number is on the sign?", digits)]
+    return page
+
+
+def chart(rng, cells, split):
+    page, (rows, cols), ink = blank(rng, cells, 2), cells, dark(rng)
+    bars = int(rng.integers(1, min(4, cols // 2) + 1))
+    left = int(rng.integers(0, cols - 2 * bars + 1))
+    tint = tuple(int(c) for c in rng.integers(120, 200, 3))
+    base = int(rng.integers(2, rows))                                                 # the row of the names
+    for i, month in enumerate(rng.choice(MONTHS, bars, replace=False)):
+        col, height = left + 2 * i, int(rng.integers(1, base))
+        value = number(rng, 2)
+        draw(page, lambda d: d.rectangle([col * CELL + 2, (base - height) * CELL, col * CELL + 20, base * CELL - 1],
+                                         fill=tint))
+        write(page, rng, value, base - height - 1, col, ink)
+        write(page, rng, str(month), base, col, ink)
+        page.lines.append(f"{month} {value}")
+        page.questions.append((f"What is the value of {month}?", value))
+    return page
+
+
+@lru_cache(maxsize=1)
+def scans():
+    stored = np.load(Path(__file__).parent / "tiny" / "digits.npz")
+    return stored["images"].astype(np.float32) / 16, stored["labels"]
+
+
+def stamp(page, rng, which, row, col, ink):
+    """Handwritten digits, by their numbers in the collection, from cell (row, col) on; one fills a cell."""
+    images, labels = scans()
+    shift = rng.integers(-1, 2, 2)
+    for i, n in enumerate(which):
+        scan = np.asarray(Image.fromarray(images[n]).resize((CELL, CELL), Image.BICUBIC)).clip(0, 1)
+        y, x = row * CELL, (col + i) * CELL
+        spot = page.canvas[y:y + CELL, x:x + CELL]
+        spot += np.roll(scan, shift, axis=(0, 1))[..., None] * (ink - spot)
+        page.marks.append((f"written {labels[n]}", x, y, x + CELL, y + CELL))
+
+
+def digits(rng, cells, split):
+    page, (rows, cols), labels = blank(rng, cells, 5), cells, scans()[1]
+    count, border = int(rng.integers(2, 4)), len(labels) - HELD_OUT_DIGITS
+    which = rng.integers(0, border, count) if split == "train" else rng.integers(border, len(labels), count)
+    stamp(page, rng, which, int(rng.integers(0, rows)), int(rng.integers(0, cols - count + 1)), dark(rng))
+    page.lines.append("".join(str(labels[n]) for n in which))
+    page.questions.append(("Which number is handwritten?", page.lines[0]))
+    return page
+
+
+def scene(rng, cells, split):
+    """One to five large shapes of different colours; the four reasoning families ask about the same pages."""
+    page, (rows, cols) = blank(rng, cells, 6), cells
+    spots = [(y, x) for y in range(0, rows - 2, 3) for x in range(0, cols - 2, 3)]
+    n = int(rng.integers(1, min(5, len(spots)) + 1))
+    colours = [str(c) for c in rng.choice(list(COLOURS), n, replace=False)]
+    shapes = [str(s) for s in rng.choice(SHAPES, n)]
+    centres = []
+    for colour, shape, i in zip(colours, shapes, rng.choice(len(spots), n, replace=False)):
+        side = int(rng.integers(30, 44))
+        y, x = (s * CELL + int(rng.integers(0, 48 - side + 1)) for s in spots[i])
+        fill = tuple(int(c) for c in np.clip(np.array(COLOURS[colour]) + rng.integers(-14, 15, 3), 0, 255))
+        outline = {"circle": lambda d: d.ellipse([x, y, x + side, y + side], fill=fill),
+                   "square": lambda d: d.rectangle([x, y, x + side, y + side], fill=fill),
+                   "triangle": lambda d: d.polygon([(x, y + side), (x + side, y + side), (x + side // 2, y)],
+                                                   fill=fill)}
+        draw(page, outline[shape])
+        page.marks.append((f"{colour} {shape}", x, y, x + side, y + side))
+        centres.append(spots[i])
+    page.shapes = list(zip(colours, shapes, centres))
+    return page
+
+
+def colour(page):
+    kinds = [s for _, s, _ in page.shapes]
+    return [(f"What color is the {s}?", c) for c, s, _ in page.shapes if kinds.count(s) == 1]
+
+
+def shape(page):
+    return [(f"What shape is {c}?", s) for c, s, _ in page.shapes]
+
+
+def count(page):
+    return [("How many shapes are there?", str(len(page.shapes)))]
+
+
+def relation(page):
+    asked = []
+    for a, _, (ya, xa) in page.shapes:
+        for b, _, (yb, xb) in page.shapes:
+            if xa != xb:
+                asked.append((f"Is {a} left or right of {b}?", "left" if xa < xb else "right"))
+            if ya != yb:
+                asked.append((f"Is {a} above or below {b}?", "above" if ya < yb else "below"))
+    return asked
+
+
+DRAW = dict(receipt=receipt, form=form, sign=sign, chart=chart, digits=digits)
+ASK = dict(colour=colour, shape=shape, count=count, relation=relation)
+
+SENTENCES = ["{name} bought {item} and {item2} in {city} .", "the {sign} is near the {street} road in {city} .",
+             "in {month} {name} sold {n} boxes of {item} .", "a {colour} {shape} is printed on the {item} box .",
+             "{name} lives in {city} and works at the {sign} .", "the {item} is {adj} but the {item2} is not .",
+             "every {month} the {sign} opens at {h} and closes late .", "{name} and {name2} walk to the {sign} .",
+             "please write the {field} on the form .", "the price of {item} rose to {h}.{n} in {month} ."]
+
+
+def plain_text(rng, sentences=6):
+    def one(words):
+        return str(rng.choice(words))
+    lines = []
+    for template in rng.choice(SENTENCES, sentences):
+        lines.append(str(template).format(
+            name=one(NAMES), name2=one(NAMES), item=one(ITEMS), item2=one(ITEMS), city=one(CITIES), sign=one(SIGNS),
+            street=one(STREETS), month=one(MONTHS), colour=one(list(COLOURS)), shape=one(SHAPES), field=one(FIELDS),
+            adj=one("fresh cold old cheap good small".split()), n=number(rng, 2), h=int(rng.integers(1, 10))))
+    return " ".join(lines).replace(" .", ".")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The world
+
+
+def near_miss(rng, answer):
+    """A wrong answer of the kind a poor reader gives: one word of a closed set, or one character, exchanged."""
+    for words in (SHAPES, list(COLOURS), ["left", "right"], ["above", "below"]):
+        if answer in words:
+            return str(rng.choice([w for w in words if w != answer]))
+    at = int(rng.choice([i for i, c in enumerate(answer) if c in CHARS[:36]]))
+    same = CHARS[26:36] if answer[at].isdigit() else CHARS[:26]
+    return answer[:at] + str(rng.choice([c for c in same if c != answer[at]])) + answer[at + 1:]
+
+
+class World:
+    """A sequence of data.Sample, each a pure function of (split, seed, index).
+
+    Args: split "train" or "eval"; seed; suite "reading", "reasoning", one family's name, or None for the training
+    mixture; cells (rows, columns) of a page, 100 visual tokens by default; questions per page at most; pairs=True
+    adds chosen and rejected answers (DPO); length of the sequence.
+    Raises ValueError on an unknown split or suite.
+    """
+
+    def __init__(self, split, seed=0, suite=None, cells=(10, 10), questions=3, pairs=False, length=1_000_000):
+        families = [f for s in SUITES.values() for f in s] + ["text"]
+        if split not in ("train", "eval") or not (suite is None or suite in SUITES or suite in families):
+            raise ValueError(f"no split {split!r} or suite {suite!r}; splits are train and eval, suites are "
+                             f"{', '.join(SUITES)} or one of {', '.join(families)}")
+        if cells[0] < 3 or cells[1] < 7:
+            raise ValueError(f"a page of {cells[0]} x {cells[1]} cells is too small for a form; 3 x 7 is the least")
+        self.split, self.seed, self.suite, self.cells = split, seed, suite, cells
+        self.questions, self.pairs, self.length = questions, pairs, length
+
+    def __len__(self):
+        return self.length
+
+    def rng(self, index):
+        return np.random.default_rng([zlib.crc32(self.split.encode()), self.seed, index])
+
+    def family(self, rng, index):
+        suite = self.suite
+        if suite is None:
+            suite = str(rng.choice(list(TRAIN_SHARES), p=list(TRAIN_SHARES.values())))
+        return SUITES[suite][index % len(SUITES[suite])] if suite in SUITES else suite
+
+    def page(self, rng, family):
+        if family in DRAW:
+            page = DRAW[family](rng, self.cells, self.split)
+        else:
+            page = scene(rng, self.cells, self.split)
+            while not (asked := ASK[family](page)):       # a lone shape has no relation to ask about
+                page = scene(rng, self.cells, self.split)
+            page.questions = asked
+        page.questions = [page.questions[i] for i in rng.permutation(len(page.questions))[:self.questions]]
+        return page
+
+    def __getitem__(self, index):
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        rng = self.rng(index)
+        family, name = self.family(rng, index), f"{self.split}-{self.seed}-{index}"
+        if family == "text":
+            return Sample(id=name, messages=[{"role": "document", "content": [{"type": "text", "text": plain_text(rng)}]}],
+                          images=[], source=family)
+        page, messages = self.page(rng, family), []
+        for i, (question, answer) in enumerate(page.questions):
+            start = [{"type": "image"}] if i == 0 else []
+            messages += [{"role": "user", "content": start + [{"type": "text", "text": question}]},
+                         {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        sample = Sample(id=name, messages=messages, images=[page.image], source=family)
+        if self.pairs:
+            answer = page.questions[0][1]
+            sample.messages = messages[:1]
+            sample.chosen = [{"type": "text", "text": answer}]
+            sample.rejected = [{"type": "text", "text": near_miss(rng, answer)}]
+        return sample
+
+
+def contact_sheet(path, seed=0):
+    families = [f for s in SUITES.values() for f in s]
+    sheet = Image.new("RGB", (len(families) * 168 + 8, 3 * 186 + 8), "white")
+    for i, family in enumerate(families):
+        for j in range(3):
+            sample = World("train", seed, family)[j]
+            sheet.paste(sample.images[0], (8 + 168 * i, 8 + 186 * j))
+            caption = f"{sample.messages[0]['content'][1]['text']} {sample.messages[1]['content'][0]['text']}"
+            ImageDraw.Draw(sheet).text((8 + 168 * i, 170 + 186 * j), caption, fill="black",
+                                       font=ImageFont.load_default(9))
+    sheet.save(path)
+
+
+if __name__ == "__main__":
+    contact_sheet(sys.argv[1] if len(sys.argv) > 1 else "world.png")
