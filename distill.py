@@ -71,8 +71,8 @@ CONDS = {
 # Settings: every field is a flag
 
 
-def setting(default, why, choices=None):
-    return field(default=default, metadata=dict(help=why, choices=choices))
+def setting(default, why, choices=None, low=-math.inf, high=math.inf):
+    return field(default=default, metadata=dict(help=why, choices=choices, low=low, high=high))
 
 
 @dataclass
@@ -81,18 +81,18 @@ class Settings:
     teacher: str = setting("tiny", "folder of a Qwen3-VL checkpoint")
     data: str = setting("", "JSONL file or recipe (data.py); empty: the embedded world (synthdoc.py)")
     out: str = setting("", "folder of the run; empty: out/<cond>")
-    tokens: Optional[int] = setting(None, "token budget of the run")
-    batch_tokens: Optional[int] = setting(None, "tokens of one optimiser step, over all ranks")
-    micro_tokens: Optional[int] = setting(None, "padded tokens that one device processes at once")
-    lr: Optional[float] = setting(None, "peak learning rate")
-    warmup: float = setting(0.01, "share of the budget over which the learning rate rises")
-    floor: float = setting(0.1, "the cosine ends at this share of the peak")
-    weight_decay: float = setting(0.01, "of matrices; norms, biases and other vectors have none")
-    clip: float = setting(1.0, "bound of the gradient's norm")
-    seed: int = setting(0, "of the mixers' initialisation and the order of the data")
-    save_every: int = setting(50, "steps between checkpoints; stage borders are saved too")
-    workers: int = setting(0, "processes that read data ahead")
-    threads: int = setting(0, "CPU threads of a process; 0: the cores divided among this node's processes")
+    tokens: Optional[int] = setting(None, "token budget of the run", low=1)
+    batch_tokens: Optional[int] = setting(None, "tokens of one optimiser step, over all ranks", low=1)
+    micro_tokens: Optional[int] = setting(None, "padded tokens that one device processes at once", low=1)
+    lr: Optional[float] = setting(None, "peak learning rate", low=0)
+    warmup: float = setting(0.01, "share of the budget over which the learning rate rises", low=0, high=0.99)
+    floor: float = setting(0.1, "the cosine ends at this share of the peak", low=0, high=1)
+    weight_decay: float = setting(0.01, "of matrices; norms, biases and other vectors have none", low=0)
+    clip: float = setting(1.0, "bound of the gradient's norm", low=1e-9)
+    seed: int = setting(0, "of the mixers' initialisation and the order of the data", low=0)
+    save_every: int = setting(50, "steps between checkpoints; stage borders are saved too", low=1)
+    workers: int = setting(0, "processes that read data ahead", low=0)
+    threads: int = setting(0, "CPU threads of a process; 0: the cores divided among this node's processes", low=0)
     device: str = setting("", "cuda or cpu; empty: cuda where there is one")
     dtype: str = setting("", "of frozen weights and activations; empty: bfloat16 on cuda, else float32",
                          ["", "bfloat16", "float32", "float64"])
@@ -105,7 +105,7 @@ class Settings:
 class DistillSettings(Settings):
     cond: str = setting("c4", "a row of CONDS", list(CONDS))
     mixer: str = setting("", "mamba2, gdn or FILE.py:CLASS; empty: as the condition says")
-    keep_every: int = setting(4, "attention stays in every so-many-th layer (ledger 1)")
+    keep_every: int = setting(4, "attention stays in every so-many-th layer (ledger 1)", low=2)
     init: str = setting("default", "of the mixers' new parameters; paper: all N(0, 0.02) (ledger 3)", ["default", "paper"])
     feed: str = setting("own", "what a student layer reads in Stages 1/2 (ledger 4)", ["own", "teacher"])
     stages: str = setting("10/30/60", "per cent of the budget for Stages 1, 2 and 3")
@@ -114,13 +114,13 @@ class DistillSettings(Settings):
     schedule: str = setting("whole", "one cosine over the whole budget, or one per stage (ledger 13)", ["whole", "stage"])
     kl: str = setting("answers", "positions of the KL term: supervised ones, or all that predict text (ledger 11)",
                       ["answers", "text"])
-    lambda_kl: float = setting(1.0, "Eq. 1")
-    lambda_ce: float = setting(0.1, "Eq. 1")
-    tau: float = setting(0.5, "temperature of Eq. 3")
-    beta: float = setting(2.0, "text density over the mean visual density (Algorithm 1)")
+    lambda_kl: float = setting(1.0, "Eq. 1", low=0)
+    lambda_ce: float = setting(0.1, "Eq. 1", low=0)
+    tau: float = setting(0.5, "temperature of Eq. 3", low=1e-6)
+    beta: float = setting(2.0, "text density over the mean visual density (Algorithm 1)", low=0)
     minmax: str = setting("all", "normalise before or after the text value enters (ledger 7)", ["all", "visual"])
-    k: float = setting(25.0, "per cent of positions that the topk and random weights raise (A.8)")
-    questions: int = setting(256, "evaluation questions a suite at the end, on the embedded world; 0: none")
+    k: float = setting(25.0, "per cent of positions that the topk and random weights raise (A.8)", low=0, high=100)
+    questions: int = setting(256, "evaluation questions a suite at the end, on the embedded world; 0: none", low=0)
 
 
 DEFAULTS = {                    # embedded world, real data (Table 11)
@@ -132,21 +132,28 @@ DEFAULTS = {                    # embedded world, real data (Table 11)
 
 
 def parse(kind, defaults, argv=None, description=""):
-    """Command line -> settings of the dataclass `kind`, where None becomes the default of the data's column."""
+    """Command line -> settings of the dataclass `kind`, where None becomes the default of the data's column.
+    Exits with a sentence on what is out of bounds."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     for f in fields(kind):
-        flag, why = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        flag, why = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
         if isinstance(f.default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=why)
         else:
             cast = {"tokens": int, "batch_tokens": int, "micro_tokens": int, "lr": float}.get(f.name, type(f.default))
             shown = f"{defaults[f.name][0]} embedded, {defaults[f.name][1]} real" if f.name in defaults else f.default
             parser.add_argument(flag, type=cast, default=f.default, choices=f.metadata["choices"],
-                                help=f"{why} [{shown}]".replace("%", "%%"))
+                                help=f"{why} [{shown}]")
     s = kind(**vars(parser.parse_args(argv)))
     for name, (embedded, real) in defaults.items():
         if getattr(s, name) is None:
             setattr(s, name, real if s.data else embedded)
+    for f in fields(kind):
+        value, low, high = getattr(s, f.name), f.metadata["low"], f.metadata["high"]
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            sys.exit(f"--{f.name.replace('_', '-')} {value} is not between {low} and {high}")
+    if s.tokens < s.batch_tokens:
+        sys.exit(f"--tokens {s.tokens} is less than the {s.batch_tokens} of one step (--batch-tokens)")
     return s
 
 
@@ -201,7 +208,7 @@ def kd_sums(student_hidden, teacher_hidden, target, student_head, teacher_head, 
     kl = ce = student_hidden.sum() * 0.0                  # keeps the graph when no row is supervised
     for i in range(0, len(target), chunk):
         a, b = checkpoint(piece, student_hidden[i:i + chunk], teacher_hidden[i:i + chunk], target[i:i + chunk],
-                          use_reentrant=False)
+                          use_reentrant=False, preserve_rng_state=False)
         kl, ce = kl + a, ce + b
     return kl, ce
 
@@ -214,15 +221,18 @@ class Distillation:
     def __init__(self, s, teacher, student):
         self.s, self.cond, self.teacher, self.student = s, CONDS[s.cond], teacher, student
         self.replaced = student.config.hybrid["layers"]
-        self.shares = [float(x) for x in s.stages.split("/")]
-        if len(self.shares) != 3 or min(self.shares) < 0 or abs(sum(self.shares) - 100) > 1e-6:
-            raise ValueError(f"--stages {s.stages}: three shares that sum to 100 are needed")
+        self.shares = [float(x) for x in s.stages.split("/") if x.replace(".", "", 1).isdigit()]
+        if len(self.shares) != 3 or abs(sum(self.shares) - 100) > 1e-6:
+            raise ValueError(f"--stages {s.stages}: three shares that sum to 100 are needed, such as 10/30/60")
         for p in [*teacher.parameters(), *student.parameters()]:
             p.requires_grad_(False)
         teacher_ids = {id(p) for p in teacher.parameters()}
         self.mixers = {n: p for n, p in student.named_parameters()
                        if any(f"layers.{i}.self_attn." in n for i in self.replaced)}
         self.others = {n: p for n, p in student.named_parameters() if id(p) not in teacher_ids and n not in self.mixers}
+        if self.cond.align and self.shares[0] and not any(map(self.is_new, self.mixers)):
+            raise ValueError("the mixer inherits all its parameters, so Stage 1 has nothing to train: give it no share, "
+                             "for instance --stages 0/40/60")
         options = dict(density=dict(tau=s.tau, beta=s.beta, minmax=s.minmax), modality=dict(tau=s.tau, beta=s.beta),
                        topk=dict(k=s.k), random=dict(k=s.k, seed=s.seed))
         self.weigh = partial(WEIGHTS[self.cond.weight], **options.get(self.cond.weight, {}))
@@ -287,10 +297,8 @@ class Distillation:
             h_t = self.teacher.hidden(*inputs)[rows]                                    # (n, D)
         h_s = self.student.hidden(*inputs)[rows]
         kl, ce = kd_sums(h_s, h_t, following[rows], self.student.lm_head, self.teacher.lm_head)
-        supervised = (following != IGNORED).sum()
-        scale = rows.sum() / supervised.clamp(min=1)      # CE is a mean over its own positions
-        loss = self.s.lambda_kl * kl + self.s.lambda_ce * ce * scale                    # Eq. 1
-        return loss, int(rows.sum()), dict(kl=kl.detach(), ce=ce.detach() * scale)
+        loss = self.s.lambda_kl * kl + self.s.lambda_ce * ce                            # Eq. 1
+        return loss, int(rows.sum()), dict(kl=kl.detach(), ce=ce.detach())              # one count for both
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -346,7 +354,10 @@ def load_teacher(s, device):
 
 
 def save_checkpoint(out, step, state):
-    folder, temporary = out / f"step_{step}", out / f"step_{step}.tmp"
+    folder, temporary, latest = out / f"step_{step}", out / f"step_{step}.tmp", out / "latest"
+    before = latest.read_text() if latest.exists() else ""
+    if folder.name == before:                             # a stage border right after a save: nothing is new
+        return
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     with open(temporary / "state.pt", "wb") as f:
@@ -360,10 +371,10 @@ def save_checkpoint(out, step, state):
         f.write(folder.name)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(out / "latest.tmp", out / "latest")
-    stored = sorted((p for p in out.glob("step_*") if not p.name.endswith(".tmp")), key=lambda p: int(p.name[5:]))
-    for old in stored[:-2]:
-        shutil.rmtree(old)
+    os.replace(out / "latest.tmp", latest)
+    for old in out.glob("step_[0-9]*"):
+        if old.name not in (folder.name, before):
+            shutil.rmtree(old)
 
 
 def load_checkpoint(out, s):
@@ -400,6 +411,9 @@ def groups(parameters, decay):
 
 def reduce_gradients(ranks, parameters, count):
     """Gradients of the sum of losses over all ranks, divided by the count over all ranks."""
+    for p in parameters:
+        if p.requires_grad and p.grad is None:            # no use for it in this rank's samples
+            p.grad = torch.zeros_like(p)
     grads = [p.grad for p in parameters if p.grad is not None]
     if ranks.world > 1:
         flat = torch.cat([g.flatten() for g in grads])
@@ -410,17 +424,21 @@ def reduce_gradients(ranks, parameters, count):
         g /= count
 
 
-def stop_if_broken(ranks, suspects, step):
-    """All ranks stop before the optimiser's step when one has a loss or gradient that is no finite number."""
-    found = torch.tensor(float(len(suspects)), device=ranks.device)
-    if ranks.sum(found).item() == 0:
+def stop_if_broken(ranks, suspects, names, norm, step):
+    """All ranks stop before the optimiser's step when a loss or the gradient is no finite number.
+
+    suspects: this rank's samples whose micro-batch had such a loss; names: all its samples of the step, to be named
+    when every loss was finite but the gradient's norm is not. The norm is the same on all ranks.
+    """
+    found = ranks.sum(torch.tensor(float(len(suspects)), device=ranks.device)).item()
+    if not found and torch.isfinite(norm):
         return
-    names = [suspects]
+    concerned = [suspects if found else names]
     if ranks.world > 1:
-        names = [None] * ranks.world
-        dist.all_gather_object(names, suspects)
-    sys.exit(f"step {step}: the loss or its gradient is not finite; nothing was stepped. Samples of the micro-batches "
-             f"concerned: {', '.join(n for part in names for n in part)}")
+        parts, concerned = concerned[0], [None] * ranks.world
+        dist.all_gather_object(concerned, parts)
+    sys.exit(f"step {step}: the {'loss' if found else 'gradient'} is not finite; nothing was stepped. Samples of the "
+             f"micro-batches concerned: {', '.join(n for part in concerned for n in part if n)}")
 
 
 def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
@@ -435,20 +453,21 @@ def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
     for p in parameters:
         p.requires_grad_(True)
     optimiser = torch.optim.AdamW(groups(parameters, s.weight_decay), lr=s.lr, betas=betas, eps=1e-8)
-    step, tokens, cursor, log_size, label = 0, 0, None, 0, None
+    step, tokens, cursor, log_size, label, bad = 0, 0, None, 0, None, BadSamples(s.skip_bad)
     if state := load_checkpoint(out, s):
         with torch.no_grad():
             for name, p in named.items():
                 p.copy_(state["parameters"][name])
         optimiser.load_state_dict(state["optimiser"])
         step, tokens, cursor, log_size, label = (state[k] for k in ("step", "tokens", "cursor", "log_size", "label"))
+        vars(bad).update(state["bad"])
+        del state                                         # else a second copy of all that trains stays in memory
     if ranks.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         with open(out / "log.jsonl", "a") as f:
             f.truncate(log_size)                          # lines after the checkpoint are written again
     if tokens >= s.tokens:
         return
-    bad = BadSamples(s.skip_bad)
     plan = Plan(dataset, processor, s.seed, s.batch_tokens, s.micro_tokens, ranks.rank, ranks.world, cursor, bad)
     batches = iter(loader(dataset, processor, plan, s.workers, pin_memory=ranks.device.type == "cuda"))
     bar = tqdm(total=s.tokens, initial=tokens, unit=" tokens", unit_scale=True, disable=ranks.rank > 0,
@@ -460,17 +479,17 @@ def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
             save_checkpoint(out, step, dict(
                 parameters={n: p.detach() for n, p in named.items()}, optimiser=optimiser.state_dict(), step=step,
                 tokens=tokens, cursor=cursor, log_size=(out / "log.jsonl").stat().st_size, label=label,
-                settings=asdict(s)))
+                bad=dict(seen=bad.seen, bad=bad.bad, first=bad.first), settings=asdict(s)))
         ranks.wait()
 
     while tokens < s.tokens:
         before, (label, progress) = label, objective.prepare(tokens / s.tokens)
         if before not in (None, label):
             save()
-        sums, suspects, last = {"tokens": 0, "count": 0, "loss": 0.0}, [], False
+        sums, names, suspects, last = {"tokens": 0, "count": 0, "loss": 0.0}, [], [], False
         while not last:                                   # the micro-batches of one step
             batch = next(batches).to(ranks.device)
-            last, cursor = batch.last, batch.cursor
+            last, cursor, names = batch.last, batch.cursor, names + batch.names
             with autocast:
                 loss, count, terms = objective.loss(batch, label)
             if not torch.isfinite(loss):
@@ -484,7 +503,7 @@ def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
         count = max(sums["count"], 1)
         reduce_gradients(ranks, parameters, count)
         norm = torch.nn.utils.clip_grad_norm_(parameters, s.clip)
-        stop_if_broken(ranks, suspects or ([] if torch.isfinite(norm) else batch.names), step)
+        stop_if_broken(ranks, suspects, names, norm, step + 1)
         rate = learning_rate(s, min(1.0, progress + s.batch_tokens / s.tokens))          # never 0 in the first step
         for group in optimiser.param_groups:
             group["lr"] = rate
@@ -510,19 +529,25 @@ def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
 # The run: teacher in, student and its report out
 
 
-def build(s, device):
-    """-> teacher, student, processor. The mixers are fp32 masters; everything else is shared and frozen."""
-    teacher, processor = load_teacher(s, device)
+def convert(s, teacher):
+    """The student, whose mixers are fp32 masters; everything else is shared with the teacher and frozen, unless
+    --stage3 full gives it an own copy of all but the vision tower."""
     student = to_hybrid(teacher, s.mixer or CONDS[s.cond].mixer, s.keep_every, s.init, s.seed)
-    if s.stage3 == "full":                                # its own copy of everything but the vision tower
-        student.model.language_model = copy.deepcopy(student.model.language_model)
-        if not student.config.tie_word_embeddings:
-            student.lm_head = copy.deepcopy(student.lm_head)
-        else:
+    own = [student.layers[i].self_attn for i in student.config.hybrid["layers"]]
+    if s.stage3 == "full":
+        own = [copy.deepcopy(student.model.language_model), copy.deepcopy(student.lm_head)]
+        student.model.language_model, student.lm_head = own
+        if student.config.tie_word_embeddings:
             student.lm_head.weight = student.model.language_model.embed_tokens.weight
-    masters = torch.promote_types(precision(s, device), torch.float32)
-    for i in student.config.hybrid["layers"]:
-        student.layers[i].self_attn.to(masters)
+    for module in own:
+        module.to(torch.promote_types(teacher.lm_head.weight.dtype, torch.float32))
+    return student
+
+
+def build(s, device):
+    """-> teacher, student, processor."""
+    teacher, processor = load_teacher(s, device)
+    student = convert(s, teacher)
     if s.recompute:
         for layer in student.layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -533,19 +558,19 @@ def finish(s, teacher, student, processor):
     """Saves the merged student, judges it beside its teacher, and draws density maps of some pages."""
     from evaluate import evaluate_models, table           # judging is not needed to train
     out, kind = Path(s.out), next(teacher.parameters()).dtype
-    for i in student.config.hybrid["layers"]:
-        student.layers[i].self_attn.to(kind)
-    student.save_pretrained(out)
+    student.to(kind).save_pretrained(out)
     if s.data:
         print(f"The student is in {out}. python evaluate.py {s.teacher} {out} --bench NAME=FILE judges it.")
         return
     draw_pages(teacher, processor, out / "density")
+    held = "the student (loads like its teacher), log.jsonl"
     if s.questions:
         results = evaluate_models({"teacher": teacher, s.cond: student}, processor, s.questions)
         report = table(results)
         (out / "table.md").write_text(report + "\n")
         print(f"\n{report}\n")
-    print(f"{out} holds the student (loads like its teacher), log.jsonl, table.md, and density maps in density/.")
+        held += ", table.md"
+    print(f"{out} holds {held}, and density maps in density/.")
 
 
 def draw_pages(teacher, processor, folder, count=3):
@@ -571,42 +596,44 @@ def dry_run(s):
     kind = torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     width = precision(s, kind).itemsize
     with torch.device("meta"):
-        teacher = Qwen3VL(c)
-    student = to_hybrid(teacher, s.mixer or CONDS[s.cond].mixer, s.keep_every, s.init, s.seed)
-    objective = Distillation(s, teacher, student)
-    count = {k: sum(p.numel() for n, p in objective.mixers.items() if objective.is_new(n) == k) for k in (True, False)}
-    frozen = sum(p.numel() for p in teacher.parameters())
-    trained = sum(p.numel() for p in objective.parameters().values())
+        teacher = Qwen3VL(c).to(precision(s, kind))
+    objective = Distillation(s, teacher, convert(s, teacher))
+    new, mixers, trained, frozen = (sum(p.numel() for p in parameters) for parameters in (
+        [p for n, p in objective.mixers.items() if objective.is_new(n)], objective.mixers.values(),
+        objective.parameters().values(), teacher.parameters()))
     D, L, V = c.text.hidden_size, c.text.num_hidden_layers, c.text.vocab_size
     # Kept for the backward pass, a layer and position: the streams, the norms' inputs, the mixer's projections and
     # the three products of the MLP; with --recompute the stream alone.
     row = D if s.recompute else 8 * D + 3 * c.text.intermediate_size + 6 * c.text.num_attention_heads * c.text.head_dim
-    rows = dict(frozen=frozen * width, mixers=trained * 16, activations=s.micro_tokens * L * row * width,
+    rows = dict(frozen=frozen * width, trained=trained * 16, activations=s.micro_tokens * L * row * width,
                 head=3 * 512 * V * 4)
     GB = 2 ** 30
     print(f"{s.teacher}: {frozen / 1e6:,.1f} M frozen parameters, {len(objective.replaced)} of {L} attention layers replaced")
-    if objective.cond.align:
-        print(f"Stage 1 trains {count[True] / 1e6:,.1f} M parameters, Stages 2 and 3 {trained / 1e6:,.1f} M")
-    else:
-        print(f"{s.cond} is Stage 3 alone: it trains {trained / 1e6:,.1f} M parameters")
+    trains = [f"Stage 1 trains {new / 1e6:,.1f} M parameters", f"Stage 2 {mixers / 1e6:,.1f} M"] * bool(objective.cond.align)
+    print(", ".join(trains + [f"Stage 3 {trained / 1e6:,.1f} M"]))
     print(f"{s.tokens:,} tokens in about {math.ceil(s.tokens / s.batch_tokens):,} steps of {s.batch_tokens:,}")
     print(f"each device needs about {sum(rows.values()) / GB:,.2f} GB: " + ", ".join(f"{k} {v / GB:,.2f}" for k, v in rows.items()))
-    if s.data:
-        data = read_data(s.data)
-        print(f"{s.data}: {len(data):,} samples")
+    if s.data and not Path(s.data).is_file():
+        missing.append(s.data)
+    elif s.data:
+        print(f"{s.data}: {len(read_data(s.data)):,} samples")
     print(f"missing: {', '.join(missing) or 'nothing'}")
 
 
 def main(argv=None):
     s = parse(DistillSettings, DEFAULTS, argv, __doc__.split("\n")[0])
     s.out = s.out or f"out/{s.cond}"
-    if s.dry_run:
-        return dry_run(s)
-    ranks = start(s)
-    teacher, student, processor = build(s, ranks.device)
-    dataset = read_data(s.data) if s.data else World("train", s.seed)
+    try:                                                  # what the user can mend is said in one sentence
+        if s.dry_run:
+            return dry_run(s)
+        ranks = start(s)
+        dataset = read_data(s.data) if s.data else World("train", s.seed)
+        teacher, student, processor = build(s, ranks.device)
+        objective = Distillation(s, teacher, student)
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
     try:
-        run(s, Distillation(s, teacher, student), processor, dataset, ranks)
+        run(s, objective, processor, dataset, ranks)
     except BadSample as error:
         sys.exit(str(error))
     if ranks.rank == 0:

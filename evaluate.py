@@ -1,21 +1,22 @@
-"""Answers and metrics: a table of teacher against students, as in the paper's Tables 1, 2 and 4 (Sect. 5, A.2, C.1).
+"""Answers and metrics: teacher against students in a table like the paper's 1, 2 and 4 (Sect. 5, A.2, C.1).
 
-    python evaluate.py tiny out/c3 out/c4                        the embedded world's suites, 500 questions each
+    python evaluate.py tiny out/c3 out/c4                     the embedded world, 500 questions a suite
     python evaluate.py TEACHER STUDENT --bench docvqa_val=DATA.parquet --bench ai2d=ROWS.jsonl --device cuda
-    python evaluate.py --rescore out/eval/answers-*.jsonl        scores again, without a model
+    python evaluate.py --rescore out/eval/answers-*.jsonl     scores again, without a model
     python evaluate.py --lmms-eval --model qwen3_vl --model_args pretrained=out/c4 --tasks docvqa_val,chartqa
 
-Prompts, answer lengths and metrics are those of lmms-eval 0.7.3 under its prompt key `qwen3_vl`. Two benchmarks that
-it has judged by GPT are scored by rules here and say so; OCRBench v2 gets a score by type and a coverage instead of
-a headline. Where lmms-eval draws a letter at random or takes the most similar choice, the answer counts as unparsed:
-wrong, and the rate is shown. Every reply is greedy (C.1) and is kept with all that its metric needs.
+Prompts, answer lengths and metrics are those of lmms-eval 0.7.3 under its prompt key `qwen3_vl`. Where it has
+GPT judge (MMBench, MathVista), rules score here and the table says so; OCRBench v2 gets a score by type and a
+coverage instead of a headline. Where it draws a letter at random or takes the most similar choice, the answer
+is unparsed: wrong, and the rate is shown. Every reply is greedy (C.1) and kept with all that its metric needs.
 
-From top to bottom: metrics (reply, row of the data set) -> Verdict; BENCHMARKS; reading; answering; the table with
-paired bootstrap intervals; the gallery (Fig. 6); the plugin for lmms-eval itself.
+From top to bottom: metrics, (reply, row of the data set) -> Verdict; BENCHMARKS; reading; answering; the
+table with paired bootstrap intervals; the gallery (Fig. 6); the plugin for lmms-eval itself.
 """
 import argparse
 import ast
 import copy
+import functools
 import glob
 import itertools
 import json
@@ -60,7 +61,7 @@ def edits(a, b):
 
 
 def anls(reply, row):
-    """1 - edit distance / length to the closest answer, 0 below 0.5. Lengths are taken before normalisation."""
+    """1 - edit distance / length to the closest answer, 0 below 0.5. Lengths: before normalisation."""
     def far(answer):
         a, b = (" ".join(s.lower().split()) for s in (answer, reply))
         return edits(a, b) / max(len(answer.upper()), len(reply.upper()), 1)
@@ -81,15 +82,15 @@ def relaxed(reply, row):
     return Verdict(float(reply.lower() == row["answer"].lower()), reply or None)
 
 
-# EvalAI's normaliser restores an apostrophe that was left out: "dont" -> "don't", "shouldnt've" -> "shouldn't've".
-SHORT = ("ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
-         "he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't "
-         "needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll "
-         "somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's "
-         "there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've "
-         "weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've "
-         "why'll why're why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll "
-         "you're you've 'ow's'at").split()
+# EvalAI's normaliser restores an apostrophe that was left out: "dont" -> "don't", "yall'll" -> "y'all'll".
+SHORT = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+    haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've
+    must've mustn't needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've
+    somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've
+    something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas
+    wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've
+    who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd
+    you'd've you'll you're you've 'ow's'at""".split()
 APOSTROPHES = {word[:i] + word[i + 1:]: word for word in SHORT for i, c in enumerate(word) if c == "'"}
 APOSTROPHES["somebody'd"] = "somebodyd"                    # the one entry that goes the other way
 DIGITS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
@@ -103,7 +104,7 @@ def evalai(text):
     clean = text
     for mark in ";/[]\"{}()=+\\_-><@`!":                   # beside a space it goes, inside a word it parts
         clean = clean.replace(mark, "" if mark + " " in text or " " + mark in text else " ")
-    clean = re.sub(r"\.(?!\d)", "", clean, count=32)       # 32: upstream passes re.UNICODE where the count belongs
+    clean = re.sub(r"\.(?!\d)", "", clean, count=32)       # 32 is re.UNICODE, passed where the count belongs
     words = [DIGITS.get(word, word) for word in clean.split()]
     return " ".join(APOSTROPHES.get(word, word) for word in words if word not in ("a", "an", "the"))
 
@@ -113,7 +114,7 @@ def vqa_accuracy(reply, row):
     got, answers = evalai(reply), [evalai(a) for a in row["answers"]]
     equal, n = answers.count(got), len(answers)
     score = ((n - equal) * min(1, equal / 3) + equal * min(1, (equal - 1) / 3)) / n
-    return Verdict(score, got or None)
+    return Verdict(score, got if reply else None)
 
 
 def exact(reply, row):
@@ -124,15 +125,16 @@ def exact(reply, row):
 
 # -- multiple choice: four data sets, four ways of finding the letter
 
-SAID = [f"{start}{noun} is" for noun, starts in (
-    ("answer", ("", "the ", "correct ", "the correct ", "best ", "the best ")), ("choice", ("", "the ", "correct ",
-    "the correct ")), ("option", ("correct ", "the correct ", "best ", "the best "))) for start in starts]
-SAID += ["i choose", "i select", "i pick", "my answer is", "my choice is", "옵션", "정답은", "답은", "답:", "答案是",
-         "答案为", "选", "答えは"]
+SAID = ["answer is", "the answer is", "correct answer is", "the correct answer is", "best answer is",
+        "the best answer is", "correct option is", "the correct option is", "best option is",
+        "the best option is", "choice is", "the choice is", "correct choice is", "the correct choice is",
+        "my answer is", "my choice is", "i choose", "i select", "i pick", "옵션", "정답은", "답은",
+        "답:", "答案是", "答案为", "选", "答えは"]
+BESIDE = "X X. X, X: X) X). (X) (X). :X :X, :X. :X) :X).".split()      # MMBench's ways of writing a letter X
 
 
 def bare(reply, marks):
-    for mark in marks:                                     # in this order: ".'" and "'." are not stripped alike
+    for mark in marks:                                     # one after the other, so ".'" and "'." differ
         reply = reply.strip(mark)
     return f" {reply} "
 
@@ -142,8 +144,8 @@ def ranked_letter(reply, choices):
     text = bare(reply.strip(), ",.!?;:'\"")
     core, low, found = text.strip(), text.lower(), []      # found: (rank, position, letter)
     for c in choices:
-        found += [(rank, text.rfind(form), c) for rank, form in
-                  ((6, f"({c})"), (5, f"{c}."), (4, f"{c}:"), (3, f"{c})"), (2, f"{c} "))]
+        found += [(rank, text.rfind(form), c)
+                  for rank, form in ((6, f"({c})"), (5, f"{c}."), (4, f"{c}:"), (3, f"{c})"), (2, f"{c} "))]
         found += [(7, text.find(c, low.find(phrase) + len(phrase)), c) for phrase in SAID if phrase in low]
         if core.startswith(c) and not core[1:2].isalpha():
             found.append((10, 0, c))
@@ -158,22 +160,23 @@ def mmstar(reply, row):
     return Verdict(float(got == row["answer"].strip().upper()), got)
 
 
+def given(value):
+    """A cell that is neither None nor a float nan."""
+    return value is not None and value == value
+
+
 def mmbench(reply, row):
-    """MMBench's rules: a lone letter, a letter with punctuation, an option's text; then the ranked letter, as in
-    lmms-eval's mmbench_en_dev_static, in place of the GPT judge."""
-    options = {c: str(row.get(c, "nan")) for c in "ABCD" if row.get(c, "nan") is not None
-               and row.get(c, "nan") == row.get(c, "nan")}             # only None and a float nan are left out
-    words, got = set(reply.split()), None
-    for before, after in [("", "")] + [("", s) for s in (".", ",", ":", ")", ").")] + [("(", ")"), ("(", ").")] + \
-            [(":", s) for s in ("", ",", ".", ")", ").")]:
-        hits = [c for c in "ABCDE" if before + c + after in words]
-        article = not before + after and "A" in words and len(reply.split()) > 3
+    """MMBench's rules: a letter, alone or punctuated, else an option's text; then the ranked letter in place
+    of GPT (lmms-eval's mmbench_en_dev_static). A missing option is the text "nan", and may be found."""
+    options = {c: str(row.get(c, "nan")) for c in "ABCD" if given(row.get(c, "nan"))}
+    words = reply.split()
+    for form in BESIDE:
+        hits = [c for c in "ABCDE" if form.replace("X", c) in words]
+        article = form == "X" and "A" in words and len(words) > 3
         if len(hits) == 1 and not article:
-            got = hits[0]
-            break
-    if got is None:
-        said = [c for c, text in options.items() if text.lower() in reply.lower()]
-        got = said[0] if len(said) == 1 else ranked_letter(reply, sorted(options))
+            return Verdict(float(hits[0] == row["answer"]), hits[0])
+    said = [c for c, text in options.items() if text.lower() in reply.lower()]
+    got = said[0] if len(said) == 1 else ranked_letter(reply, sorted(options))
     return Verdict(float(got == row["answer"]), got)
 
 
@@ -186,12 +189,13 @@ def ai2d(reply, row):
 
 
 def mmmu(reply, row):
-    """MMMU-Pro, standard: (A), else "A ", else "A.", else in a longer reply an option's text; the last one counts."""
+    """MMMU-Pro, standard: (A), else "A ", else "A.", else, in a longer reply, an option's text. The last
+    counts, and of letters with a full stop the last that also stands alone."""
     options = dict(zip(string.ascii_uppercase, ast.literal_eval(row["options"])))
     text = bare(reply, ",.!?;:'")
-    for form, place in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):        # upstream's own odd third row
-        if hits := [c for c in options if form.format(c) in text]:
-            where = [text.rfind(place.format(c)) for c in hits]
+    for form, place in (("(X)", "(X)"), ("X ", " X "), ("X.", " X ")):     # found by, ordered by
+        if hits := [c for c in options if form.replace("X", c) in text]:
+            where = [text.rfind(place.replace("X", c)) for c in hits]
             break
     else:
         hits = [c for c, said in options.items() if len(text.split()) > 5 and said.lower() in text.lower()]
@@ -205,15 +209,16 @@ def mmmu_vision(reply, row):
 
 
 def mathvista(reply, row):
-    """Typed equality. lmms-eval has GPT reduce a reply to a value first; here the reply must be one: a choice or its
-    letter, or a number. Its fall-back, the most similar choice, is a guess and counts as unparsed."""
+    """Typed equality. lmms-eval has GPT reduce a reply to a value first; here the reply must be one: a choice
+    or its letter, or a number. Its fall-back, the most similar choice, is a guess and counts as unparsed."""
     kind, got = row["answer_type"], None
     if row["question_type"] == "multi_choice":
         by_letter = dict(zip(string.ascii_uppercase, row["choices"]))
         inside = re.search(r"\(([a-zA-Z])\)", reply)
         said = inside[1].upper() if inside else reply
         ahead = None if inside else re.match(r"([A-Z])[.:)]", reply)
-        got = by_letter.get(said) or (said if said in row["choices"] else by_letter.get(ahead[1]) if ahead else None)
+        got = by_letter.get(said) or (said if said in row["choices"] else None)
+        got = by_letter.get(ahead[1]) if got is None and ahead else got
     elif kind in ("integer", "float"):
         try:
             got = str(int(float(reply)) if kind == "integer" else round(float(reply), int(row["precision"])))
@@ -240,7 +245,7 @@ def untagged(text):
 
 
 def contains(reply, answers, clean, parts=lambda a: 0, few=1):
-    """1 if an answer of fewer than `few` parts is in the reply ("1" is in "12345"); longer ones by ANLS >= 0.5."""
+    """1 if an answer of fewer than `few` parts is in the reply ("1" is in "12345"); else by ANLS."""
     best, reply = 0.0, clean(reply)
     for answer in (clean(str(a)) for a in answers):
         if parts(answer) < few:
@@ -263,7 +268,7 @@ def ocr_vqa(reply, row, chinese=False):
 
 
 def ocr_counting(reply, row):
-    """Exact: the answer is in the reply. Regression: 1 - relative error of the reply's first number, if above 0.5."""
+    """Exact: the answer is in the reply. Regression: 1 - relative error of its first number, if above 0.5."""
     answers = [flat(str(a).lower()) for a in row["answers"]]
     if row["eval"] == "exact match":
         return max(float(a in reply) for a in answers)
@@ -274,7 +279,7 @@ def ocr_counting(reply, row):
 
 
 def fields_of(reply):
-    """A reply's key-value pairs: JSON or a Python dict, fenced or not, else whatever looks like `key: value`."""
+    """A reply's key-value pairs: JSON or a Python dict, fenced or not, else what looks like `key: value`."""
     fence = re.search(r"```(?:python|json)?\n(.*?)\n```", reply, re.DOTALL | re.IGNORECASE)
     text = fence[1] if fence else reply.strip()
     for parse in (json.loads, ast.literal_eval):
@@ -331,7 +336,7 @@ def ocr_grounding(reply, row):
 
 
 def ocr_handwritten(reply, row):
-    """None for open answers (BLEU and METEOR); else the letters of the answer, in one of ten ways of listing them."""
+    """None for open answers (BLEU, METEOR); else the answer's letters, in one of ten ways of listing them."""
     if "简答" in row["question"]:
         return None
     return max(float(by.join(row["answers"][0]) in reply)
@@ -339,19 +344,19 @@ def ocr_handwritten(reply, row):
 
 
 OCR_TYPES = {
-    **dict.fromkeys(["APP agent en", "ASCII art classification en", "math QA en", "reasoning VQA en", "diagram QA en",
-                     "science QA en", "text recognition en", "document classification en", "cognition VQA en"],
-                    ocr_vqa),
-    **dict.fromkeys(["cognition VQA cn", "reasoning VQA cn"], lambda reply, row: ocr_vqa(reply, row, chinese=True)),
-    **dict.fromkeys(["key information extraction en", "key information mapping en", "key information extraction cn"],
-                    ocr_fields),
+    **dict.fromkeys(["APP agent en", "ASCII art classification en", "math QA en", "reasoning VQA en",
+                     "science QA en", "text recognition en", "document classification en", "cognition VQA en",
+                     "diagram QA en"], ocr_vqa),
+    **dict.fromkeys(["cognition VQA cn", "reasoning VQA cn"], functools.partial(ocr_vqa, chinese=True)),
+    **dict.fromkeys(["key information extraction en", "key information mapping en",
+                     "key information extraction cn"], ocr_fields),
     "handwritten answer extraction cn": ocr_handwritten,
     "formula recognition en": lambda reply, row: contains(reply, row["answers"], tight),
     "formula recognition cn": lambda reply, row: contains(reply, row["answers"], untagged),
     "text counting en": ocr_counting,
     "VQA with position en": ocr_position,
     "text grounding en": ocr_grounding,
-}       # the other types: tables and charts (TEDS), documents, whole pages and translation (BLEU, METEOR), spotting
+}       # not scored: tables, charts, documents (tree distances), whole pages, translation (METEOR), spotting
 
 
 def ocrbench(reply, row):
@@ -363,8 +368,9 @@ def ocrbench(reply, row):
 # The benchmarks: one row each
 
 LETTER = "Answer with the option's letter from the given choices directly"
+ONLY = "Answer with the option letter only."
 SINGLE = "\nAnswer the question using a single word or phrase."
-SYSTEM = "You are a helpful assistant."                    # lmms-eval's, before every question but the embedded ones
+SYSTEM = "You are a helpful assistant."                    # lmms-eval's; the embedded world has none
 HARNESS_PIXELS = (256 * 28 * 28, 1605632)                  # its least and greatest image
 
 
@@ -375,7 +381,7 @@ def listed(options):
 def ask_mmmu(row):
     start = f"Question: {row['question']}" if "question" in row else \
         "Question: analyze the image and answer the associated question."
-    return f"{start}\nOptions:\n{listed(ast.literal_eval(row['options']))}\nAnswer with the option letter only."
+    return f"{start}\nOptions:\n{listed(ast.literal_eval(row['options']))}\n{ONLY}"
 
 
 def mmmu_images(row):
@@ -384,10 +390,9 @@ def mmmu_images(row):
 
 
 def ask_mmbench(row):
-    options = {c: row[c] for c in "ABCDE" if row.get(c) and row[c] == row[c] and row[c] != "nan"}
-    hint = row.get("hint")
-    hint = f"{hint} " if hint is not None and hint == hint and hint != "nan" else ""
-    choices = "\n".join(["There are several options:"] + [f"{c}. {text}" for c, text in options.items()])
+    options = [f"{c}. {row[c]}" for c in "ABCDE" if row.get(c) and given(row[c]) and row[c] != "nan"]
+    hint = f"{row['hint']} " if given(row.get("hint")) and row["hint"] != "nan" else ""
+    choices = "\n".join(["There are several options:"] + options)
     return f"{hint}{row['question']} {choices}\n\n{LETTER}."
 
 
@@ -403,52 +408,54 @@ def ask_mathvista(row):
 
 @dataclass(frozen=True)
 class Benchmark:
-    title: str                                             # of the table's row; MMMU-Pro's two halves share one
-    group: str                                             # fine or reasoning (Sect. 5.1)
-    new_tokens: int
-    metric: Callable                                       # (reply, row) -> Verdict
-    keep: str                                              # the columns the metric reads
-    ask: Callable = None                                   # row -> prompt
+    title: str                          # of the table's row; MMMU-Pro's two halves share one
+    group: str                          # fine or reasoning (Sect. 5.1)
+    new_tokens: int                     # lmms-eval's; 128 is its Qwen3-VL default where a task names none
+    metric: Callable                    # (reply, row) -> Verdict
+    keep: str                           # the columns that the metric reads; "?" where they may be absent
+    ask: Callable = None                # row -> prompt
+    id: str = ""                        # column; else the line number
     images: Callable = lambda row: ["image"]               # row -> columns
-    id: str = ""                                           # column; the line number where there is none
-    part: Callable = None                                  # row -> name of a part that is also scored alone
-    overall: str = "mean"                                  # or parts: their mean; circular; types: no overall score
+    part: Callable = lambda row: None                      # row -> name of a part that is also scored alone
+    overall: str = "mean"               # or parts: the mean of the parts; circular; types: no overall score
     gold: Callable = lambda row: row.get("answers", row.get("answer"))
-
-
-def single(title, **more):
-    return Benchmark(title, "fine", 32, anls, "answers", lambda row: row["question"] + SINGLE, **more)
 
 
 BENCHMARKS = {
     "reading": Benchmark("reading", "fine", 16, exact, "answer"),
-    "ocrbench_v2": Benchmark("OCRBench v2", "fine", 128, ocrbench, "type question answers eval bbox",
-                             lambda row: row["question"].strip(), id="id", part=lambda row: row["type"],
-                             overall="types"),
-    "docvqa_val": single("DocVQA", id="questionId"),
-    "chartqa": Benchmark("ChartQA", "fine", 16, relaxed, "answer",
-                         lambda row: row["question"] + "\nAnswer the question with a single word.",
-                         part=lambda row: "human" if row["type"] == "human_test" else "augmented"),
-    "textvqa_val": Benchmark("TextVQA", "fine", 128, vqa_accuracy, "answers",
-                             lambda row: row["question"].capitalize() + SINGLE, id="question_id"),
-    "infovqa_val": single("InfoVQA", id="questionId"),
-    "ai2d": Benchmark("AI2D", "fine", 16, ai2d, "options answer",
-                      lambda row: f"{row['question']}\n{listed(row['options'])}\n{LETTER}.",
-                      gold=lambda row: string.ascii_uppercase[int(row["answer"])]),
+    "ocrbench_v2": Benchmark(
+        "OCRBench v2", "fine", 128, ocrbench, "type question answers eval? bbox?",
+        lambda row: row["question"].strip(), "id", part=lambda row: row["type"], overall="types"),
+    "docvqa_val": Benchmark(
+        "DocVQA", "fine", 32, anls, "answers", lambda row: row["question"] + SINGLE, "questionId"),
+    "chartqa": Benchmark(
+        "ChartQA", "fine", 16, relaxed, "answer",
+        lambda row: row["question"] + "\nAnswer the question with a single word.",
+        part=lambda row: "human" if row["type"] == "human_test" else "augmented"),
+    "textvqa_val": Benchmark(
+        "TextVQA", "fine", 128, vqa_accuracy, "answers",
+        lambda row: row["question"].capitalize() + SINGLE, "question_id"),
+    "infovqa_val": Benchmark(
+        "InfoVQA", "fine", 32, anls, "answers", lambda row: row["question"] + SINGLE, "questionId"),
+    "ai2d": Benchmark(
+        "AI2D", "fine", 16, ai2d, "options answer",
+        lambda row: f"{row['question']}\n{listed(row['options'])}\n{LETTER}.",
+        gold=lambda row: string.ascii_uppercase[int(row["answer"])]),
     "reasoning": Benchmark("reasoning", "reasoning", 16, exact, "answer"),
-    "mmmu_pro_standard": Benchmark("MMMU-Pro", "reasoning", 256, mmmu, "options answer", ask_mmmu, mmmu_images, id="id",
-                                   part=lambda row: "standard"),
-    "mmmu_pro_vision": Benchmark("MMMU-Pro", "reasoning", 256, mmmu_vision, "answer", ask_mmmu, id="id",
-                                 part=lambda row: "vision"),
-    "mmstar": Benchmark("MMStar", "reasoning", 128, mmstar, "answer",
-                        lambda row: "Question: " + row["question"].strip().replace(" Please answer yes or no.", "")
-                        + "Answer with the option letter only.", id="index", part=lambda row: row["l2_category"],
-                        overall="parts"),
-    "mmbench_en_dev": Benchmark("MMBench (no judge)", "reasoning", 1024, mmbench, "A B C D answer", ask_mmbench,
-                                id="index", overall="circular"),
-    "mathvista_testmini": Benchmark("MathVista (no judge)", "reasoning", 16384, mathvista,
-                                    "question_type answer_type choices precision answer", ask_mathvista,
-                                    lambda row: ["decoded_image"], id="pid"),
+    "mmmu_pro_standard": Benchmark(
+        "MMMU-Pro", "reasoning", 256, mmmu, "options answer", ask_mmmu, "id", mmmu_images),
+    "mmmu_pro_vision": Benchmark("MMMU-Pro", "reasoning", 256, mmmu_vision, "answer", ask_mmmu, "id"),
+    "mmstar": Benchmark(
+        "MMStar", "reasoning", 128, mmstar, "answer",
+        lambda row: f"Question: {row['question'].strip().replace(' Please answer yes or no.', '')}{ONLY}",
+        "index", part=lambda row: row["l2_category"], overall="parts"),
+    "mmbench_en_dev": Benchmark(
+        "MMBench (no judge)", "reasoning", 1024, mmbench, "A? B? C? D? answer", ask_mmbench, "index",
+        overall="circular"),
+    "mathvista_testmini": Benchmark(
+        "MathVista (no judge)", "reasoning", 16384, mathvista,
+        "question_type answer_type choices precision answer", ask_mathvista, "pid",
+        lambda row: ["decoded_image"], part=lambda row: row["answer_type"]),
 }
 EMBEDDED = ("reading", "reasoning")
 
@@ -458,7 +465,7 @@ EMBEDDED = ("reading", "reasoning")
 
 
 def rows_of(path):
-    """Yields (row, reference) from a JSONL or parquet file, a folder or a pattern. Raises FileNotFoundError."""
+    """Yields (row, FILE#NUMBER) of JSONL or parquet, a file, folder or pattern. Raises FileNotFoundError."""
     found = sorted(glob.glob(f"{path}/*" if Path(path).is_dir() else str(path)))
     files = [f for f in found if f.endswith((".jsonl", ".parquet"))]
     if not files:
@@ -476,7 +483,7 @@ def rows_of(path):
 
 
 def opened(cell, folder):
-    """An image cell (path, bytes, or the {"bytes", "path"} of a parquet file) -> RGB, as lmms-eval converts it."""
+    """An image cell (path, bytes, or a parquet file's {"bytes", "path"}) -> RGB, as lmms-eval converts it."""
     cell = cell.get("bytes") or cell["path"] if isinstance(cell, dict) else cell
     return Image.open(BytesIO(cell) if isinstance(cell, bytes) else Path(folder) / cell).convert("RGB")
 
@@ -493,90 +500,91 @@ def picture(reference):
 
 
 def embedded_questions(suite, n, seed):
+    """The first question of each page, with its picture."""
     from synthdoc import World
     world = World("eval", seed, suite)
     for i in range(n or 500):
-        sample = world[i]
-        prompt, gold = sample.messages[0], sample.messages[1]["content"][0]["text"]        # the first question only
-        yield dict(benchmark=suite, id=sample.id, part=sample.source, image=[f"synthdoc:{suite}:{seed}:{i}"],
-                   question="".join(p.get("text", "") for p in prompt["content"]), gold=gold, row={"answer": gold}), \
-            Sample(sample.id, [prompt], sample.images, sample.source)
+        page = world[i]
+        prompt, gold = page.messages[0], page.messages[1]["content"][0]["text"]
+        text = "".join(part.get("text", "") for part in prompt["content"])
+        yield (dict(benchmark=suite, id=page.id, part=page.source, image=[f"synthdoc:{suite}:{seed}:{i}"],
+                    question=text, gold=gold, row={"answer": gold}),
+               Sample(page.id, [prompt], page.images, page.source))
 
 
 def file_questions(name, path, n):
     """The first n rows (None: all). Images come before the text, as in lmms-eval.
 
-    Raises ValueError naming the columns that a row lacks."""
+    Raises ValueError naming the column that a row lacks."""
     bench = BENCHMARKS[name]
     for number, (row, reference) in enumerate(itertools.islice(rows_of(path), n)):
         try:
             text, columns = bench.ask(row), bench.images(row)
             images = [opened(row[c], Path(reference).parent) for c in columns]
-            record = dict(benchmark=name, id=str(row.get(bench.id, number)), part=bench.part and bench.part(row),
-                          image=[f"{reference}#{c}" for c in columns], question=text, gold=bench.gold(row),
-                          row={c: row[c] for c in bench.keep.split() if c in row or c not in ("eval", "bbox", *"ABCD")})
+            kept = [c.rstrip("?") for c in bench.keep.split() if c[-1] != "?" or c[:-1] in row]
+            kept = {c: row[c] for c in kept}
+            part = bench.part(row)
         except KeyError as lacking:
-            raise ValueError(f"{reference}: {name} needs a column {lacking}, the row has {sorted(row)}") from None
-        messages = [("system", [{"type": "text", "text": SYSTEM}]),
-                    ("user", [{"type": "image"}] * len(images) + [{"type": "text", "text": text}])]
-        yield record, Sample(record["id"], [dict(role=r, content=c) for r, c in messages], images, name)
+            raise ValueError(f"{reference}: {name} needs a column {lacking}, not in {sorted(row)}") from None
+        record = dict(benchmark=name, id=str(row.get(bench.id, number)), part=part, question=text,
+                      image=[f"{reference}#{c}" for c in columns], gold=bench.gold(row), row=kept)
+        content = [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]
+        yield record, Sample(record["id"], [dict(role="system", content=[{"type": "text", "text": SYSTEM}]),
+                                            dict(role="user", content=content)], images, name)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Answering
 
 
-@torch.inference_mode()
 def answer(model, processor, samples, batch_size=16, max_new_tokens=32, label="answers"):
     """Greedy replies to a list of samples whose last turn is the user's, in their order.
 
-    Rows of like length share a batch, longest first: the fewest padded positions, and what does not fit in memory
-    fails at once. A batch may mix image sizes and samples without an image. Raises data.BadSample."""
+    Rows of like length share a batch, longest first: few padded positions, and what does not fit in memory
+    fails at once. A batch may mix image sizes, and samples without an image. Raises data.BadSample."""
     device, replies = next(model.parameters()).device, [""] * len(samples)
-    order = sorted(range(len(samples)), key=lambda i: -processor.length(samples[i], add_generation_prompt=True))
+    lengths = [processor.length(sample, add_generation_prompt=True) for sample in samples]
+    order = sorted(range(len(samples)), key=lambda i: -lengths[i])
     for at in tqdm(range(0, len(order), batch_size), desc=label, leave=False, disable=None):
         rows = order[at:at + batch_size]
-        batch = collate([processor.encode(samples[i], add_generation_prompt=True) for i in rows], processor.pad_id,
-                        side="left").to(device)
-        ids = model.generate(batch.ids, None if batch.mask.all() else batch.mask, batch.pixels, batch.grids,
-                             max_new_tokens=max_new_tokens)
+        encoded = [processor.encode(samples[i], add_generation_prompt=True) for i in rows]
+        batch = collate(encoded, processor.pad_id, side="left").to(device)
+        mask = None if batch.mask.all() else batch.mask
+        ids = model.generate(batch.ids, mask, batch.pixels, batch.grids, max_new_tokens=max_new_tokens)
         for i, tokens in zip(rows, ids):
             replies[i] = processor.decode(tokens)
     return replies
 
 
 def judged(record):
-    """A record with `answer`, scored: adds parsed, unparsed, score. Needs no model."""
+    """A record with its `answer`, scored: adds parsed, unparsed and score. Needs no model."""
     score, parsed = BENCHMARKS[record["benchmark"]].metric(record["answer"].strip(), record["row"])
-    if parsed is None and score is not None:
-        score = 0.0
     return {**record, "parsed": parsed, "unparsed": parsed is None, "score": score}
 
 
 def evaluate_models(models, processor, n=None, benches=None, seed=0, batch_size=16, max_new_tokens=None,
                     device="cpu", dtype=None):
-    """Asks every model the same questions.
+    """Asks every model the same questions. Returns {name: [records]}, what `table` and `gallery` take.
 
-    models: {name: Qwen3VL, or a folder that is loaded when its turn comes}. benches: {benchmark: path, or None for an
-    embedded suite}, by default both suites. n: questions per benchmark (None: 500 embedded, all of a file).
-    max_new_tokens: a cap below each benchmark's own. Returns {name: [records]}, what `table` and `gallery` take."""
+    models: {name: a Qwen3VL, or a folder that is loaded when its turn comes}. benches: {benchmark: path, or
+    None for an embedded suite}, by default both suites. n: questions of each (None: 500 embedded ones, all of
+    a file). max_new_tokens: a cap below each benchmark's own."""
     results, benches = {}, benches or dict.fromkeys(EMBEDDED)
     for model_name, model in models.items():
         if not isinstance(model, torch.nn.Module):
             model = Qwen3VL.from_pretrained(model, dtype=dtype, device=device)
-        was_training, records = model.training, []
+        was_training, results[model_name] = model.training, []
         model.eval()
         for name, path in benches.items():
-            eyes = copy.copy(processor)
+            eyes, limit = copy.copy(processor), min(BENCHMARKS[name].new_tokens, max_new_tokens or math.inf)
             if path is not None:
                 eyes.min_pixels, eyes.max_pixels = HARNESS_PIXELS
-            asked = file_questions(name, path, n) if path is not None else embedded_questions(name, n, seed)
-            cap = min(BENCHMARKS[name].new_tokens, max_new_tokens or math.inf)
-            while window := list(itertools.islice(asked, 8 * batch_size)):         # as many images as are held at once
-                replies = answer(model, eyes, [s for _, s in window], batch_size, cap, f"{model_name} {name}")
-                records += [judged({**record, "answer": reply}) for (record, _), reply in zip(window, replies)]
+            asked = embedded_questions(name, n, seed) if path is None else file_questions(name, path, n)
+            while window := list(itertools.islice(asked, 8 * batch_size)):     # so many images at once
+                records, samples = zip(*window)
+                replies = answer(model, eyes, samples, batch_size, limit, f"{model_name}: {name}")
+                results[model_name] += [judged({**r, "answer": reply}) for r, reply in zip(records, replies)]
         model.train(was_training)
-        results[model_name] = records
     return results
 
 
@@ -612,8 +620,8 @@ def tally(records, overall):
 def resampled(a, b, draws=2000, seed=0):
     """Paired bootstrap: (draws,) differences b - a of two tallies over resampled questions, by stratum."""
     if a.ids != b.ids:
-        raise ValueError(f"a paired comparison needs the same questions: one model has {len(a.ids)}, the other "
-                         f"{len(b.ids)}, {len(set(a.ids) & set(b.ids))} in common")
+        raise ValueError(f"a paired comparison needs the same questions: one model has {len(a.ids)}, the"
+                         f" other {len(b.ids)}, {len(set(a.ids) & set(b.ids))} in common")
     rng, gain, out = np.random.default_rng(seed), a.weights * (b.scores - a.scores), np.zeros(draws)
     for stratum in range(a.strata.max(initial=-1) + 1):
         values = gain[a.strata == stratum]
@@ -638,7 +646,7 @@ def by_benchmark(records):
 
 
 def compare(first, second, draws=2000, seed=0):
-    """Two models' records -> {benchmark or average: (second - first, low, high)} in points, 95 % intervals."""
+    """Two models' records -> {benchmark or average: (second - first, low, high)}: points, 95 % interval."""
     first, second, change, spread = by_benchmark(first), by_benchmark(second), {}, {}
     if list(first) != list(second):
         raise ValueError(f"the models answered different benchmarks: {list(first)} and {list(second)}")
@@ -655,91 +663,86 @@ def compare(first, second, draws=2000, seed=0):
             for key in change}
 
 
+def standing(records, bench):
+    """One model on one benchmark -> overall score and those of the parts, 0..100; coverage; unparsed."""
+    t, parts = tally(records, bench.overall), defaultdict(list)
+    for r in records:
+        if r["part"] is not None and r["score"] is not None:
+            parts[r["part"]].append(r["score"])
+    return dict(score=100 * float(t.weights @ t.scores) if t.ids and bench.overall != "types" else None,
+                questions=len(records), coverage=np.mean([r["score"] is not None for r in records]),
+                unparsed=np.mean([r["unparsed"] for r in records]),
+                parts={p: dict(score=100 * np.mean(s), questions=len(s)) for p, s in sorted(parts.items())})
+
+
 def summary(results):
-    """{model: records} -> everything the table shows, as one dict for JSON; scores in 0..100."""
-    out = dict(models=list(results), benchmarks={}, averages={}, unparsed={}, differences={})
-    for model, records in results.items():
-        values = {}
-        for name, group in by_benchmark(records).items():
-            bench, t = BENCHMARKS[name], tally(group, BENCHMARKS[name].overall)
-            entry = out["benchmarks"].setdefault(name, dict(title=bench.title, group=bench.group, models={}))
-            parts = defaultdict(list)
-            for r in group:
-                if r["part"] is not None and r["score"] is not None:
-                    parts[r["part"]].append(r["score"])
-            score = float(t.weights @ t.scores) if bench.overall != "types" and t.ids else None
-            entry["models"][model] = dict(
-                score=None if score is None else 100 * score, questions=len(group),
-                coverage=sum(r["score"] is not None for r in group) / len(group),
-                unparsed=sum(r["unparsed"] for r in group) / len(group),
-                parts={p: dict(score=100 * sum(s) / len(s), questions=len(s)) for p, s in sorted(parts.items())})
-            if score is not None:
-                values[name] = 100 * score
-        out["averages"][model] = {g: dict(benchmarks=n, score=v) for g, (n, v) in averages(values).items()}
-        out["unparsed"][model] = sum(r["unparsed"] for r in records) / max(len(records), 1)
-    for a, b in itertools.combinations(results, 2):
-        out["differences"][f"{b} - {a}"] = compare(results[a], results[b])
-    return out
+    """{model: records} -> everything that the table shows, as one dict for JSON."""
+    scores = {model: {name: standing(of, BENCHMARKS[name]) for name, of in by_benchmark(records).items()}
+              for model, records in results.items()}
+    means = {model: averages({name: one["score"] for name, one in of.items() if one["score"] is not None})
+             for model, of in scores.items()}
+    return dict(models=list(results), scores=scores, averages=means,
+                unparsed={model: np.mean([r["unparsed"] for r in of]) for model, of in results.items()},
+                differences={f"{b} - {a}": compare(results[a], results[b])
+                             for a, b in itertools.combinations(results, 2)})
+
+
+def markdown(head, rows):
+    rows = [head, ["---"] * len(head), *rows] if rows else []
+    return ["| " + " | ".join(map(str, row)) + " |" for row in rows] + [""] * bool(rows)
 
 
 def table(results):
-    """{model: records} -> Markdown: benchmarks by models, averages, differences with intervals, parts, coverage."""
+    """{model: records} -> Markdown: benchmarks by models with averages, differences with intervals, parts."""
     s = summary(results)
-    models, first = s["models"], s["models"][0]
-    lines = ["| | n | " + " | ".join(models) + " |", "|---" * (len(models) + 2) + "|"]
+    models = s["models"]
+    of = [s["scores"][m] for m in models]                  # of[i][benchmark]: one model's standing
+    rows, seen = [], of[0]
 
-    def put(title, n, cells):
-        lines.append(f"| {title} | {n} | " + " | ".join(cells) + " |")
-
-    def average(title, group):
-        if group in s["averages"][first]:
-            put(f"{title} ({s['averages'][first][group]['benchmarks']})", "",
-                [f"{s['averages'][m][group]['score']:.2f}" for m in models])
+    def mean(title, group):
+        if group in s["averages"][models[0]]:
+            count = s["averages"][models[0]][group][0]
+            rows.append([f"{title} ({count})", ""] + [f"{s['averages'][m][group][1]:.2f}" for m in models])
 
     for group, heading in (("fine", "Fine-grained"), ("reasoning", "Reasoning")):
-        titles = dict.fromkeys(b["title"] for b in s["benchmarks"].values() if b["group"] == group)
-        if titles:
-            put(f"*{heading}*", "", [""] * len(models))
-        for title in titles:
-            both = [b["models"] for b in s["benchmarks"].values() if b["title"] == title]
-            cells = [[b[m]["score"] for b in both] for m in models]
-            put(title, sum(b[first]["questions"] for b in both),
-                ["by type" if None in c else f"{sum(c) / len(c):.1f}" for c in cells])
-        average(f"{heading} Avg.", group)
-    average("Avg.", "all")
-    for other in models[1:] if "all" in s["averages"][first] else ():
-        change = {m: s["differences"][f"{m} - {first}"]["avg all"] for m in models[1:]}
-        put(f"Δ vs. {first}", "", ["-"] + ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*change[m]) for m in models[1:]])
-        break
-    put("unparsed, counted wrong", "", [f"{100 * s['unparsed'][m]:.1f} %" for m in models])
-    return "\n".join(lines + differences_table(s) + parts_table(s)) + "\n"
+        here = [name for name in seen if BENCHMARKS[name].group == group]
+        for title in dict.fromkeys(BENCHMARKS[name].title for name in here):
+            names = [name for name in here if BENCHMARKS[name].title == title]
+            cells = [[model[name]["score"] for name in names] for model in of]
+            rows.append([title, sum(seen[name]["questions"] for name in names)]
+                        + ["by type" if None in c else f"{np.mean(c):.1f}" for c in cells])
+        mean(f"{heading} Avg.", group)
+    mean("Avg.", "all")
+    change = [s["differences"][f"{m} - {models[0]}"].get("avg all") for m in models[1:]]
+    if change and change[0]:
+        rows.append([f"Δ vs. {models[0]}", "", "-"] + [INTERVAL.format(*d) for d in change])
+    rows.append(["unparsed, counted wrong", ""] + [f"{100 * s['unparsed'][m]:.1f} %" for m in models])
+    return "\n".join(markdown(["", "n", *models], rows) + difference_table(s) + part_table(s))
 
 
-def differences_table(s):
-    """Every model against the first, and against its neighbour on the left, benchmark by benchmark."""
+INTERVAL = "{:+.2f} [{:+.2f}, {:+.2f}]"
+
+
+def difference_table(s):
+    """Every model against the first one and against its neighbour on the left."""
     models = s["models"]
     pairs = dict.fromkeys([f"{m} - {models[0]}" for m in models[1:]]
                           + [f"{b} - {a}" for a, b in zip(models, models[1:])])
-    if not pairs:
-        return []
-    names = {"avg fine": "Fine-grained Avg.", "avg reasoning": "Reasoning Avg.", "avg all": "Avg."}
-    lines = ["", "| points, 95 % interval | " + " | ".join(pairs) + " |", "|---" * (len(pairs) + 1) + "|"]
-    return lines + [f"| {names.get(key, key)} | " + " | ".join(
-        "{:+.2f} [{:+.2f}, {:+.2f}]".format(*s["differences"][p][key]) for p in pairs) + " |"
-        for key in s["differences"][next(iter(pairs))]]
+    of = [s["differences"][pair] for pair in pairs]
+    return markdown(["points, 95 % interval", *pairs],
+                    [[key] + [INTERVAL.format(*d[key]) for d in of] for key in of[0]] if of else [])
 
 
-def parts_table(s):
-    models, lines = s["models"], []
-    for name, entry in s["benchmarks"].items():
-        one = entry["models"][models[0]]
-        for part, of in one["parts"].items() if len(one["parts"]) > 1 else ():
-            cells = [f"{entry['models'][m]['parts'][part]['score']:.1f}" for m in models]
-            lines.append(f"| {name}: {part} | {of['questions']} | " + " | ".join(cells) + " |")
-        if one["coverage"] < 1:
-            lines.append(f"| {name}: coverage | {one['questions']} | " + " | ".join(
-                f"{100 * entry['models'][m]['coverage']:.1f} %" for m in models) + " |")
-    return ["", "| part | n | " + " | ".join(models) + " |", "|---" * (len(models) + 2) + "|"] + lines if lines else []
+def part_table(s):
+    of, rows = [s["scores"][m] for m in s["models"]], []
+    for name, seen in of[0].items():
+        for part, one in seen["parts"].items() if len(seen["parts"]) > 1 else ():
+            rows.append([f"{name}: {part}", one["questions"]]
+                        + [f"{model[name]['parts'][part]['score']:.1f}" for model in of])
+        if seen["coverage"] < 1:
+            rows.append([f"{name}: coverage", seen["questions"]]
+                        + [f"{100 * model[name]['coverage']:.1f} %" for model in of])
+    return markdown(["part", "n", *s["models"]], rows)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -747,8 +750,8 @@ def parts_table(s):
 
 
 def gallery(results, path, k=8):
-    """Writes a picture like Fig. 6: up to k questions on which the models differ, those first that the first model
-    (the teacher) gets right; image, question, gold, and each model's answer in green or red."""
+    """Writes a picture like Fig. 6: up to k questions on which the models differ, those first that the first
+    model (the teacher) gets right; image, question, gold, and each model's answer in green or red."""
     models, right, wrong = list(results), (24, 118, 60), (186, 36, 36)
     rows = [r for r in zip(*results.values()) if len({m["score"] for m in r}) > 1 and r[0]["image"]]
     rows = sorted(rows, key=lambda r: (-r[0]["score"], sum(m["score"] for m in r)))[:k]
@@ -757,9 +760,8 @@ def gallery(results, path, k=8):
     pen, big, small = ImageDraw.Draw(sheet), ImageFont.load_default(15), ImageFont.load_default(12)
 
     def write(x, y, text, font, fill, columns, lines):
-        text = textwrap.wrap(str(text), columns) or ["(nothing)"]
-        pen.multiline_text((x, y), "\n".join(text[:lines - 1] + [" ".join(text[lines - 1:])[:columns]]).strip(),
-                           fill=fill, font=font, spacing=3)
+        text = textwrap.wrap(str(text), columns, max_lines=lines, placeholder=" ...") or ["(nothing)"]
+        pen.multiline_text((x, y), "\n".join(text), fill=fill, font=font, spacing=3)
 
     if not rows:
         pen.text((10, 10), "The models agree on every question.", fill="black", font=big)
@@ -773,7 +775,8 @@ def gallery(results, path, k=8):
         for j, (name, record) in enumerate(zip(models, row)):
             x, colour = 200 + 190 * j, right if record["score"] >= 0.5 else wrong
             pen.rectangle([x, top + 92, x + 180, top + size], outline=colour, width=2)
-            pen.text((x + 8, top + 97), f"{name}: {'right' if colour == right else 'wrong'}", fill=colour, font=small)
+            verdict = "right" if colour == right else "wrong"
+            pen.text((x + 8, top + 97), f"{name}: {verdict}", fill=colour, font=small)
             write(x + 8, top + 116, record["answer"], big, colour, 20, 3)
         pen.line([10, top + size + 9, width - 10, top + size + 9], fill=(215, 215, 215))
     sheet.save(path)
@@ -784,91 +787,98 @@ def gallery(results, path, k=8):
 
 
 def lmms_eval_manifest():
-    """lmms-eval's ModelManifest for these models; also fit to be an entry point of the group `lmms_eval.models`
-    (`heed = "evaluate:lmms_eval_manifest"`). It takes the place of `qwen3_vl`, since lmms-eval picks a task's prompt
-    by the model's registered name: so teacher, students and the paper's own harness see one and the same prompt.
+    """lmms-eval's ModelManifest for these models; it can be an entry point of the group `lmms_eval.models`
+    (`heed = "evaluate:lmms_eval_manifest"`). It takes the place of `qwen3_vl`: lmms-eval picks a task's
+    prompt by the model's registered name, and so teacher, students and the stock model see the same prompt.
 
     --model_args: pretrained=FOLDER, dtype, min_pixels, max_pixels, system_prompt."""
     from lmms_eval.api.model import lmms
     from lmms_eval.models.registry_v2 import ModelManifest
 
     class Chat(lmms):
+        """Requests carry a document's messages; those of Simple carry its text and its images."""
         is_simple = False
 
         def __init__(self, pretrained, batch_size=1, device="cuda", dtype="bfloat16", system_prompt=SYSTEM,
                      min_pixels=HARNESS_PIXELS[0], max_pixels=HARNESS_PIXELS[1], max_batch_size=None):
             super().__init__()
-            self.device, self.batch_size, self.system_prompt = torch.device(device), int(batch_size), system_prompt
+            self.device, self.batch_size = torch.device(device), int(batch_size)
+            self.first = [("system", [system_prompt])] if system_prompt else []
             self.model = Qwen3VL.from_pretrained(pretrained, dtype=getattr(torch, dtype), device=device)
             self.processor = full_processor(pretrained)
             self.processor.min_pixels, self.processor.max_pixels = int(min_pixels), int(max_pixels)
 
         def sample(self, turns):
-            """Turns [(role, [PIL image or text])] -> Sample, the images before the text as they come."""
-            turns = ([("system", [self.system_prompt])] if self.system_prompt else []) + turns
-            content = [[{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in parts]
-                       for _, parts in turns]
+            """[(role, [PIL image or text])] -> Sample."""
+            content = [dict(role=role, content=[{"type": "text", "text": p} if isinstance(p, str) else
+                                                {"type": "image"} for p in parts])
+                       for role, parts in self.first + turns]
             images = [p.convert("RGB") for _, parts in turns for p in parts if not isinstance(p, str)]
-            return Sample("request", [dict(role=r, content=c) for (r, _), c in zip(turns, content)], images)
+            return Sample("request", content, images)
 
-        def turns(self, make, doc, context, **again):
-            """A document's turns: `make` is doc_to_messages of a chat model, or doc_to_visual of a simple one."""
-            if self.is_simple:
-                return [("user", [*(make(doc) or []), context.replace("<image>", "")])]
+        def simple_turns(self, images, text):
+            return [("user", [*(images or []), text.replace("<image>", "")])]
+
+        def chat_turns(self, messages):
             return [(m["role"], [p["text"] if p["type"] == "text" else p["url"] for p in m["content"]])
-                    for m in make(doc, **again)]
+                    for m in messages]
 
-        def reply(self, asked):
-            """[(turns, generation settings)] -> replies, batched by length limit. Greedy whatever the task asks."""
-            out, limits = [None] * len(asked), [settings.get("max_new_tokens", 128) for _, settings in asked]
+        def unpacked(self, request):
+            """-> document, what makes its later rounds, generation settings, turns of the first round."""
+            *first, doc_id, task, split = request.args
+            doc = self.task_dict[task][split][doc_id]
+            if self.is_simple:
+                context, settings, visual, *again = first
+                return doc, again and again[0], settings, self.simple_turns(visual(doc), context)
+            _, messages, settings = first
+            return doc, messages, settings, self.chat_turns(messages(doc))
+
+        def replies(self, asked):
+            """[(settings, turns)] -> replies, batched by length limit. Greedy, whatever the task asks for."""
+            out, limits = [""] * len(asked), [settings.get("max_new_tokens", 128) for settings, _ in asked]
             for limit in sorted(set(limits)):
                 rows = [i for i, x in enumerate(limits) if x == limit]
-                for i, text in zip(rows, answer(self.model, self.processor, [self.sample(asked[i][0]) for i in rows],
-                                                self.batch_size, limit, "lmms-eval")):
-                    stops = asked[i][1].get("until") or [] if self.is_simple else []
-                    for stop in [stops] if isinstance(stops, str) else stops:
+                samples = [self.sample(asked[i][1]) for i in rows]
+                texts = answer(self.model, self.processor, samples, self.batch_size, limit, "lmms-eval")
+                for i, text in zip(rows, texts):
+                    stops = asked[i][0].get("until") if self.is_simple else None   # as the stock models do
+                    for stop in [stops] if isinstance(stops, str) else stops or ():
                         text = text.split(stop)[0] if stop not in ("", "\n\n") else text
                     out[i] = text
             return out
 
         def generate_until(self, requests):
-            asked = []
-            for context, a, b, doc_id, task, split in (r.args for r in requests):
-                make, settings = (b, a) if self.is_simple else (a, b)
-                asked.append((self.turns(make, self.task_dict[task][split][doc_id], context), settings))
-            return self.reply(asked)
+            return self.replies([self.unpacked(request)[2:] for request in requests])
 
         def generate_until_multi_round(self, requests):
-            """One conversation at a time: the task makes each next round from the replies so far, until it stops."""
+            """A list of replies for each request. The task makes round k from the replies so far, or ends."""
             out = []
-            for request in requests:
-                *_, doc_id, task, split = request.args
-                context, a, b = request.args[:3]
-                make, again, settings = (b, request.args[3], a) if self.is_simple else (a, a, b)
-                doc, said, info = self.task_dict[task][split][doc_id], [], None
-                turns = self.turns(make, doc, context)
+            for doc, again, settings, turns in map(self.unpacked, requests):
+                said, info = [], None
                 while True:
-                    said.append(self.reply([(turns, settings)])[0])
-                    new = again(doc, round_idx=len(said), previous_output=list(said), previous_round_info=info)
-                    if not isinstance(new, tuple) or new[-3]:                      # a task of one round, or the end
-                        said = list(new[-2] or said) if isinstance(new, tuple) else said
+                    said.append(self.replies([(settings, turns)])[0])
+                    new = again(doc, round_idx=len(said), previous_output=[*said], previous_round_info=info)
+                    if not isinstance(new, tuple):         # a task of one round
                         break
-                    said, info = list(new[-2] or said), new[-1]
-                    turns = self.turns(lambda _: new[0], doc, new[1] if self.is_simple else "")
+                    *make, last, agreed, info = new
+                    said = list(agreed or said)
+                    if last:
+                        break
+                    turns = self.simple_turns(*make) if self.is_simple else self.chat_turns(*make)
                 out.append(said)
             return out
 
         @torch.inference_mode()
         def loglikelihood(self, requests):
-            """(mean negative log-likelihood of the continuation, is it the greedy one), as lmms-eval's models do."""
+            """(mean negative log-likelihood of the continuation, is it the greedy one), as stock models."""
             out = []
-            for context, target, visual, doc_id, task, split in (r.args for r in requests):
+            for text, target, visual, doc_id, task, split in (request.args for request in requests):
                 doc = self.task_dict[task][split][doc_id]
-                target = target if isinstance(target, str) else target(doc)
-                sample = self.sample([("user", [*(visual(doc) or []), context.replace("<image>", "")])])
-                batch = collate([self.processor.encode(sample.answered([{"type": "text", "text": target}]))],
-                                self.processor.pad_id).to(self.device)
-                logits, labels = self.model(batch.ids, None, batch.pixels, batch.grids)[:, :-1], batch.labels[:, 1:]
+                target = [{"type": "text", "text": target if isinstance(target, str) else target(doc)}]
+                sample = self.sample(self.simple_turns(visual(doc), text)).answered(target)
+                batch = collate([self.processor.encode(sample)], self.processor.pad_id).to(self.device)
+                logits = self.model(batch.ids, None, batch.pixels, batch.grids)[:, :-1]
+                labels = batch.labels[:, 1:]
                 logits, labels = logits[labels >= 0].float(), labels[labels >= 0]
                 out.append((torch.nn.functional.cross_entropy(logits, labels).item(),
                             bool((logits.argmax(-1) == labels).all())))
@@ -877,19 +887,20 @@ def lmms_eval_manifest():
     class Simple(Chat):
         is_simple = True
 
-    home = sys.modules["heed_lmms_eval"] = types.ModuleType("heed_lmms_eval")          # where the registry looks
+    home = sys.modules["heed_lmms_eval"] = types.ModuleType("heed_lmms_eval")      # where the registry looks
     home.Chat, home.Simple = Chat, Simple
-    return ModelManifest("qwen3_vl", simple_class_path="heed_lmms_eval.Simple", chat_class_path="heed_lmms_eval.Chat")
+    return ModelManifest("qwen3_vl", chat_class_path="heed_lmms_eval.Chat",
+                         simple_class_path="heed_lmms_eval.Simple")
 
 
 def run_lmms_eval(arguments):
-    """lmms-eval's own command line, with our models registered. Hugging Face's package `evaluate`, which lmms-eval
-    imports, has this file's name: so this folder leaves the search path while it is looked up."""
-    here = Path(__file__).resolve().parent
-    path = sys.path[:]
+    """lmms-eval's own command line, with our models registered. Hugging Face's package `evaluate`, which
+    lmms-eval imports, has this file's name: so this folder leaves the search path while that is looked up."""
+    here, path = Path(__file__).resolve().parent, sys.path[:]
     sys.path[:] = [p for p in path if Path(p or ".").resolve() != here]
     from lmms_eval.cli.dispatch import main as lmms_eval_main
     from lmms_eval.models import MODEL_REGISTRY_V2
+    import evaluate  # noqa: F401  (Hugging Face's)
     sys.path[:] = path
     MODEL_REGISTRY_V2.register_manifest(lmms_eval_manifest(), overwrite=True)
     sys.argv = ["lmms-eval", *arguments]
@@ -937,9 +948,10 @@ def main(arguments=None):
         return run_lmms_eval([a for a in arguments if a != "--lmms-eval"])
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("models", nargs="*", help="model folders, the teacher first")
-    p.add_argument("--bench", action="append", default=[], metavar="NAME=PATH", help=f"instead of the embedded suites: "
-                   f"{', '.join(n for n in BENCHMARKS if n not in EMBEDDED)}")
-    p.add_argument("--n", type=int, help="the first n questions of each (default: 500 embedded ones, all of a file)")
+    p.add_argument("--bench", action="append", default=[], metavar="NAME=PATH",
+                   help=f"instead of the embedded suites; names: {', '.join(BENCHMARKS)}")
+    p.add_argument("--n", type=int,
+                   help="the first n questions of each (default: 500 embedded; all of a file)")
     p.add_argument("--seed", type=int, default=0, help="of the embedded world")
     p.add_argument("--batch-size", type=int, default=16)
     p.add_argument("--max-new-tokens", type=int, help="a cap below each benchmark's own length")
@@ -952,11 +964,13 @@ def main(arguments=None):
         return report(rescored(a.rescore), a.out)
     if not a.models:
         p.error("give at least one model folder")
-    benches = dict(b.split("=", 1) if "=" in b else (b, None) for b in a.bench) or None
-    if wrong := [n for n, path in (benches or {}).items() if n not in BENCHMARKS or (path is None) != (n in EMBEDDED)]:
-        p.error(f"{wrong[0]}: give NAME=PATH with one of {', '.join(BENCHMARKS)} (no path for {' and '.join(EMBEDDED)})")
+    benches = {name: path or None for name, _, path in (b.partition("=") for b in a.bench)}
+    for name, path in benches.items():
+        if name not in BENCHMARKS or (path is None) != (name in EMBEDDED):
+            p.error(f"--bench {name}: give NAME=PATH, or {' or '.join(EMBEDDED)} alone; the names are "
+                    f"{', '.join(BENCHMARKS)}")
     names = [Path(m).name for m in a.models]
-    names = [m.strip("/") .replace("/", "-") if names.count(n) > 1 else n for m, n in zip(a.models, names)]
+    names = [m.strip("/").replace("/", "-") if names.count(n) > 1 else n for m, n in zip(a.models, names)]
     results = evaluate_models(dict(zip(names, a.models)), full_processor(a.models[0]), a.n, benches, a.seed,
                               a.batch_size, a.max_new_tokens, a.device, a.dtype and getattr(torch, a.dtype))
     report(results, a.out)

@@ -114,58 +114,68 @@ def cut(at, x, dt, log_a, B, C):
     return Chunk(x, B, C, dt[:, at], L, total.exp(), (total[:, -1:] - total).exp_(), torch.bmm(C, B.mT).mul_(L))
 
 
+def advance(c, state):
+    """The state (bh,P,N) after Chunk c."""
+    return (state * c.start[:, -1:]).baddbmm_((c.dt * c.end * c.x).mT, c.B)
+
+
 class ChunkedSSD(torch.autograd.Function):
     """The recurrence with positions taken Q at a time, as matrix products.
 
     Within a chunk, M (dt x) with M = L * C B^T is causal attention, decay in the place of softmax; from chunk to
     chunk the state is handed on. Batch and heads go through a chunk together, and a chunk stays in cache: that
     is where the speed comes from. Autograd would keep every L and M; the backward pass written here keeps the
-    inputs and the state before each chunk, and computes the rest anew.
+    inputs and the state before every fourth chunk, and computes the rest anew.
 
     x (B,T,G,P), dt and log_a = dt A (bh,T,1), B (B,T,G,N), C (B,T,H,N), D (bh,1,1), state (bh,P,N).
     """
+    SPAN = 4                                                  # chunks from one kept state to the next
 
     @staticmethod
     def forward(ctx, x, dt, log_a, B, C, D, state, chunk):
         (b, T, _, P), H = x.shape, C.shape[2]
-        y, states = x.new_empty(b, T, H, P), [state]
+        y, kept = x.new_empty(b, T, H, P), []
         for t in range(0, T, chunk):
+            if t % (ChunkedSSD.SPAN * chunk) == 0 and any(ctx.needs_input_grad):
+                kept.append(state)
             at = slice(t, t + chunk)
             c = cut(at, x, dt, log_a, B, C)
-            u = c.dt * c.x                                                            # (bh, Q, P)
-            out = torch.bmm(c.C, state.mT).mul_(c.start).baddbmm_(c.M, u).addcmul_(D, c.x)
+            out = torch.bmm(c.C, state.mT).mul_(c.start).baddbmm_(c.M, c.dt * c.x).addcmul_(D, c.x)
             y[:, at] = unheads(out, y)
-            state = (state * c.start[:, -1:]).baddbmm_(u.mul_(c.end).mT, c.B)         # (bh, P, N)
-            if any(ctx.needs_input_grad):
-                states.append(state)
-        ctx.save_for_backward(x, dt, log_a, B, C, D, *states)
+            state = advance(c, state)
+        ctx.save_for_backward(x, dt, log_a, B, C, D, *kept, state)
         ctx.chunk = chunk
-        return y, state.clone()
+        return y, state
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dstate):
-        x, dt, log_a, B, C, D, *states = ctx.saved_tensors
+        x, dt, log_a, B, C, D, *kept, after = ctx.saved_tensors
         dx, ddt, dlog_a, dB, dC, dD = (torch.zeros_like(z) for z in (x, dt, log_a, B, C, D))
-        for i in reversed(range(len(states) - 1)):
-            at = slice(i * ctx.chunk, (i + 1) * ctx.chunk)
-            c, before, after = cut(at, x, dt, log_a, B, C), states[i], states[i + 1]
-            u, g = c.dt * c.x, heads(dy, at, C.shape[2], dt.dtype)                    # (bh, Q, P)
-            early, late = g * c.start, u * c.end
-            dG = torch.bmm(g, u.mT).mul_(c.L)                                         # (bh, Q, Q), of G = C B^T
-            dc = torch.bmm(early, before).baddbmm_(dG, c.B)                           # (bh, Q, N)
-            db = torch.bmm(late, dstate).baddbmm_(dG.mT, c.C)                         # (bh, Q, N)
-            du = torch.bmm(c.B, dstate.mT).mul_(c.end).baddbmm_(c.M.mT, g)            # (bh, Q, P)
-            ddt[:, at] = (c.x * du).sum(-1, keepdim=True)
-            # The summed log-decay up to t scales all that C_t reads and divides all that u_t writes, so its
-            # gradient is C_t.dC_t - u_t.du_t; that of the whole chunk also scales the state it hands on.
-            dtotal = (c.C * dc).sum(-1, keepdim=True) - c.dt * ddt[:, at]             # (bh, Q, 1)
-            dtotal[:, -1] += (after * dstate).sum((1, 2))[:, None]
-            dlog_a[:, at] = dtotal.flip(1).cumsum(1).flip(1)                          # undoes the cumsum
-            dD += (g * c.x).sum((1, 2), keepdim=True)
-            dx[:, at] = unheads(du.mul_(c.dt).addcmul_(D, g), x)
-            dB[:, at], dC[:, at] = unheads(db, B), unheads(dc, C)
-            dstate = (dstate * c.start[:, -1:]).baddbmm_(early.mT, c.C)               # (bh, P, N)
+        span = ctx.chunk * ChunkedSSD.SPAN
+        for first in reversed(range(0, x.shape[1], span)):
+            ats = [slice(t, t + ctx.chunk) for t in range(first, min(first + span, x.shape[1]), ctx.chunk)]
+            cuts, states = [cut(at, x, dt, log_a, B, C) for at in ats], [kept.pop()]
+            for c in cuts[:-1]:
+                states.append(advance(c, states[-1]))
+            for at, c, before in reversed(list(zip(ats, cuts, states))):
+                u, g = c.dt * c.x, heads(dy, at, C.shape[2], dt.dtype)                # (bh, Q, P)
+                early, late = g * c.start, u * c.end
+                dG = torch.bmm(g, u.mT).mul_(c.L)                                     # (bh, Q, Q), of G = C B^T
+                dc = torch.bmm(early, before).baddbmm_(dG, c.B)                       # (bh, Q, N)
+                db = torch.bmm(late, dstate).baddbmm_(dG.mT, c.C)                     # (bh, Q, N)
+                du = torch.bmm(c.B, dstate.mT).mul_(c.end).baddbmm_(c.M.mT, g)        # (bh, Q, P)
+                ddt[:, at] = (c.x * du).sum(-1, keepdim=True)
+                # The summed log-decay up to t scales all that C_t reads and divides all that u_t writes, so its
+                # gradient is C_t.dC_t - u_t.du_t; that of the whole chunk also scales the state it hands on.
+                dtotal = (c.C * dc).sum(-1, keepdim=True) - c.dt * ddt[:, at]         # (bh, Q, 1)
+                dtotal[:, -1] += (after * dstate).sum((1, 2))[:, None]
+                dlog_a[:, at] = dtotal.flip(1).cumsum(1).flip(1)                      # undoes the cumsum
+                dD += (g * c.x).sum((1, 2), keepdim=True)
+                dx[:, at] = unheads(du.mul_(c.dt).addcmul_(D, g), x)
+                dB[:, at], dC[:, at] = unheads(db, B), unheads(dc, C)
+                dstate = (dstate * c.start[:, -1:]).baddbmm_(early.mT, c.C)           # (bh, P, N)
+                after = before
         return dx, ddt, dlog_a, dB, dC, dD, dstate, None
 
 
