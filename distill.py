@@ -78,7 +78,6 @@ def setting(default, why, choices=None, low=-math.inf, high=math.inf):
 @dataclass
 class Settings:
     """Of the loop; what distill.py adds stands in DistillSettings. None means: by DEFAULTS."""
-    teacher: str = setting("tiny", "folder of a Qwen3-VL checkpoint")
     data: str = setting("", "JSONL file or recipe (data.py); empty: the embedded world (synthdoc.py)")
     out: str = setting("", "folder of the run; empty: out/<cond>")
     tokens: Optional[int] = setting(None, "token budget of the run", low=1)
@@ -89,13 +88,14 @@ class Settings:
     floor: float = setting(0.1, "the cosine ends at this share of the peak", low=0, high=1)
     weight_decay: float = setting(0.01, "of matrices; norms, biases and other vectors have none", low=0)
     clip: float = setting(1.0, "bound of the gradient's norm", low=1e-9)
-    seed: int = setting(0, "of the mixers' initialisation and the order of the data", low=0)
+    seed: int = setting(0, "of the initialisation, the order of the data, and dropout", low=0)
     save_every: int = setting(50, "steps between checkpoints; stage borders are saved too", low=1)
     workers: int = setting(0, "processes that read data ahead", low=0)
     threads: int = setting(0, "CPU threads of a process; 0: the cores divided among this node's processes", low=0)
     device: str = setting("", "cuda or cpu; empty: cuda where there is one")
     dtype: str = setting("", "of frozen weights and activations; empty: bfloat16 on cuda, else float32",
                          ["", "bfloat16", "float32", "float64"])
+    shard: bool = setting(False, "split the decoder's weights and optimiser state among the devices (FSDP2)")
     recompute: bool = setting(False, "recompute each layer in the backward pass: less memory, a third more time")
     skip_bad: bool = setting(False, "leave out unusable samples, up to 0.1 %, instead of stopping")
     dry_run: bool = setting(False, "say what the run would need, and stop")
@@ -103,6 +103,7 @@ class Settings:
 
 @dataclass
 class DistillSettings(Settings):
+    teacher: str = setting("tiny", "folder of a Qwen3-VL checkpoint")
     cond: str = setting("c4", "a row of CONDS", list(CONDS))
     mixer: str = setting("", "mamba2, gdn or FILE.py:CLASS; empty: as the condition says")
     keep_every: int = setting(4, "attention stays in every so-many-th layer (ledger 1)", low=2)
@@ -152,7 +153,7 @@ def parse(kind, defaults, argv=None, description=""):
         value, low, high = getattr(s, f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, (int, float)) and not low <= value <= high:
             sys.exit(f"--{f.name.replace('_', '-')} {value} is not between {low} and {high}")
-    if s.tokens < s.batch_tokens:
+    if 0 < s.tokens < s.batch_tokens:
         sys.exit(f"--tokens {s.tokens} is less than the {s.batch_tokens} of one step (--batch-tokens)")
     return s
 
@@ -341,12 +342,55 @@ def precision(s, device):
     return getattr(torch, s.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
 
 
-def load_teacher(s, device):
-    """The frozen model, and its processor."""
+def load_model(s, flag, device, **caps):
+    """The model in the folder that the setting `flag` names, and its processor with these caps."""
+    folder = Path(getattr(s, flag))
     for file in ("config.json", "tokenizer.json"):
-        if not (Path(s.teacher) / file).is_file():
-            sys.exit(f"--teacher {s.teacher}: there is no {file}; give the folder of a downloaded Qwen3-VL checkpoint")
-    return Qwen3VL.from_pretrained(s.teacher, precision(s, device), device), Processor(s.teacher)
+        if not (folder / file).is_file():
+            sys.exit(f"--{flag} {folder}: there is no {file}; give the folder of a downloaded Qwen3-VL checkpoint")
+    return Qwen3VL.from_pretrained(folder, precision(s, device), device), Processor(folder, **caps)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sharding, where one device cannot hold what trains: --shard
+
+
+def shard(ranks, *models):
+    """Splits each mixer and each MLP among the ranks, with its gradients and optimiser state; models may share them.
+
+    It is put together on every rank while it runs, and gradients are summed as they are split again. Embeddings,
+    head, norms and the vision tower stay whole: ranks call some of those a different number of times in a step.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    if ranks.world == 1:
+        return
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    layers = [layer for model in models for layer in model.layers]
+    for unit in dict.fromkeys(part for layer in layers for part in (layer.self_attn, layer.mlp)):
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+        getattr(unit, "set_gradient_divide_factor", unit.set_reduce_scatter_divide_factor)(1.0)
+
+
+def apart(parameters):
+    """-> the whole ones, the sharded ones: two kinds of tensors that no one operation may mix."""
+    return [[p for p in parameters if hasattr(p, "full_tensor") == sharded] for sharded in (False, True)]
+
+
+def whole(t, ranks):
+    """A shard put together, on rank 0 (None elsewhere); any other tensor as it is."""
+    if not hasattr(t, "full_tensor"):
+        return t
+    t = t.full_tensor()
+    return t.cpu() if ranks.rank == 0 else None
+
+
+def placed(t, like):
+    """A checkpoint's tensor where `like` is, and split as it is."""
+    if t.dim() and hasattr(like, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+        return distribute_tensor(t.to(like.device), like.device_mesh, like.placements)
+    return t.to(like.device) if t.dim() else t            # AdamW counts its steps on the CPU
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -382,7 +426,8 @@ def load_checkpoint(out, s):
     if not (out / "latest").exists():
         return None
     state = torch.load(out / (out / "latest").read_text() / "state.pt", map_location="cpu", weights_only=True)
-    free = {"out", "threads", "workers", "device", "dry_run", "save_every", "questions"}         # may change between
+    free = {"out", "threads", "workers", "device", "dry_run", "save_every", "questions",
+            "shard"}                                      # may change between
     theirs, ours = state["settings"], asdict(s)
     changed = [f"--{k.replace('_', '-')} {theirs.get(k)} there, {ours[k]} here" for k in ours
                if k not in free and theirs.get(k) != ours[k]]
@@ -404,9 +449,9 @@ def learning_rate(s, progress):
 
 
 def groups(parameters, decay):
-    """AdamW's groups: matrices decay; norms, biases and other vectors do not."""
-    return [dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=decay),
-            dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)]
+    """AdamW's groups: matrices decay; norms, biases and other vectors do not. Shards are groups of their own."""
+    return [dict(params=[p for p in part if (p.dim() >= 2) == matrix], weight_decay=decay * matrix)
+            for part in apart(parameters) for matrix in (True, False)]
 
 
 def reduce_gradients(ranks, parameters, count):
@@ -414,14 +459,26 @@ def reduce_gradients(ranks, parameters, count):
     for p in parameters:
         if p.requires_grad and p.grad is None:            # no use for it in this rank's samples
             p.grad = torch.zeros_like(p)
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if ranks.world > 1:
+    grads = [p.grad for p in apart(parameters)[0] if p.grad is not None]
+    if ranks.world > 1 and grads:                         # those of shards are sums already
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
         for g, total in zip(grads, flat.split([g.numel() for g in grads])):
             g.copy_(total.view_as(g))
-    for g in grads:
-        g /= count
+    for p in parameters:
+        if p.grad is not None:
+            p.grad /= count
+
+
+def clip_gradients(ranks, parameters, bound):
+    """Scales gradients whose norm is above `bound` down to it. -> the norm before, over whole tensors and shards."""
+    whole_grads, shards = ([p.grad for p in part if p.grad is not None] for part in apart(parameters))
+    shards = [g.to_local() for g in shards]
+    squares = [torch.nn.utils.get_total_norm(part).to(ranks.device) ** 2 for part in (whole_grads, shards)]
+    norm = (squares[0] + ranks.sum(squares[1])).sqrt()
+    if norm > bound:
+        torch._foreach_mul_(whole_grads + shards, (bound / norm).item())
+    return norm
 
 
 def stop_if_broken(ranks, suspects, names, norm, step):
@@ -457,8 +514,9 @@ def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
     if state := load_checkpoint(out, s):
         with torch.no_grad():
             for name, p in named.items():
-                p.copy_(state["parameters"][name])
-        optimiser.load_state_dict(state["optimiser"])
+                p.copy_(placed(state["parameters"][name], p))
+        for name, moments in state["optimiser"].items():
+            optimiser.state[named[name]] = {k: placed(v, named[name]) for k, v in moments.items()}
         step, tokens, cursor, log_size, label = (state[k] for k in ("step", "tokens", "cursor", "log_size", "label"))
         vars(bad).update(state["bad"])
         del state                                         # else a second copy of all that trains stays in memory
@@ -475,10 +533,13 @@ def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=precision(s, ranks.device) == torch.bfloat16)
 
     def save():
+        values = {n: whole(p.detach(), ranks) for n, p in named.items()}
+        moments = {n: {k: whole(v, ranks) for k, v in optimiser.state[p].items()}
+                   for n, p in named.items() if p in optimiser.state}
         if ranks.rank == 0:
             save_checkpoint(out, step, dict(
-                parameters={n: p.detach() for n, p in named.items()}, optimiser=optimiser.state_dict(), step=step,
-                tokens=tokens, cursor=cursor, log_size=(out / "log.jsonl").stat().st_size, label=label,
+                parameters=values, optimiser=moments, step=step, tokens=tokens, cursor=cursor,
+                log_size=(out / "log.jsonl").stat().st_size, label=label,
                 bad=dict(seen=bad.seen, bad=bad.bad, first=bad.first), settings=asdict(s)))
         ranks.wait()
 
@@ -486,6 +547,7 @@ def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
         before, (label, progress) = label, objective.prepare(tokens / s.tokens)
         if before not in (None, label):
             save()
+        torch.manual_seed(((s.seed * 1_000_003 + step) * 1_000_003 + ranks.rank) % 2 ** 63)         # dropout
         sums, names, suspects, last = {"tokens": 0, "count": 0, "loss": 0.0}, [], [], False
         while not last:                                   # the micro-batches of one step
             batch = next(batches).to(ranks.device)
@@ -502,7 +564,7 @@ def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
         sums = dict(zip(sums, total.tolist()))
         count = max(sums["count"], 1)
         reduce_gradients(ranks, parameters, count)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, s.clip)
+        norm = clip_gradients(ranks, parameters, s.clip)
         stop_if_broken(ranks, suspects, names, norm, step + 1)
         rate = learning_rate(s, min(1.0, progress + s.batch_tokens / s.tokens))          # never 0 in the first step
         for group in optimiser.param_groups:
@@ -546,7 +608,7 @@ def convert(s, teacher):
 
 def build(s, device):
     """-> teacher, student, processor."""
-    teacher, processor = load_teacher(s, device)
+    teacher, processor = load_model(s, "teacher", device)
     student = convert(s, teacher)
     if s.recompute:
         for layer in student.layers:
@@ -590,29 +652,40 @@ def draw_pages(teacher, processor, folder, count=3):
 
 def dry_run(s):
     """What the run would need, from the config alone: no weights are read, so it works before the download ends."""
-    c = Config.from_folder(s.teacher)
-    missing = [f for f in ("config.json", "tokenizer.json", "preprocessor_config.json")
-               if not (Path(s.teacher) / f).is_file()] + find_tensors(Path(s.teacher))[1]
-    kind = torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    width = precision(s, kind).itemsize
+    device = torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with torch.device("meta"):
-        teacher = Qwen3VL(c).to(precision(s, kind))
+        teacher = Qwen3VL(Config.from_folder(s.teacher)).to(precision(s, device))
     objective = Distillation(s, teacher, convert(s, teacher))
     new, mixers, trained, frozen = (sum(p.numel() for p in parameters) for parameters in (
         [p for n, p in objective.mixers.items() if objective.is_new(n)], objective.mixers.values(),
         objective.parameters().values(), teacher.parameters()))
-    D, L, V = c.text.hidden_size, c.text.num_hidden_layers, c.text.vocab_size
-    # Kept for the backward pass, a layer and position: the streams, the norms' inputs, the mixer's projections and
-    # the three products of the MLP; with --recompute the stream alone.
-    row = D if s.recompute else 8 * D + 3 * c.text.intermediate_size + 6 * c.text.num_attention_heads * c.text.head_dim
-    rows = dict(frozen=frozen * width, trained=trained * 16, activations=s.micro_tokens * L * row * width,
-                head=3 * 512 * V * 4)
-    GB = 2 ** 30
-    print(f"{s.teacher}: {frozen / 1e6:,.1f} M frozen parameters, {len(objective.replaced)} of {L} attention layers replaced")
+    print(f"{s.teacher}: {frozen / 1e6:,.1f} M frozen parameters, {len(objective.replaced)} of {len(teacher.layers)} "
+          "attention layers replaced")
     trains = [f"Stage 1 trains {new / 1e6:,.1f} M parameters", f"Stage 2 {mixers / 1e6:,.1f} M"] * bool(objective.cond.align)
     print(", ".join(trains + [f"Stage 3 {trained / 1e6:,.1f} M"]))
+    needs(s, s.teacher, dict(teacher.named_parameters()), objective.parameters())
+
+
+def needs(s, folder, frozen, trained):
+    """Prints steps, memory and missing files of a run. frozen, trained: {name: parameter}, of any device."""
+    c, folder = Config.from_folder(folder).text, Path(folder)
+    device = torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    width, world = precision(s, device).itemsize, int(os.environ.get("WORLD_SIZE", 1)) if s.shard else 1
+
+    def share(named):                                     # of the parameters that one device holds
+        return sum(p.numel() / (world if ".self_attn." in n or ".mlp." in n else 1) for n, p in named.items())
+    # Kept for the backward pass, a layer and position: the streams, the norms' inputs, the mixer's projections and
+    # the three products of the MLP; with --recompute the stream alone.
+    D, L = c.hidden_size, c.num_hidden_layers
+    row = D if s.recompute else 8 * D + 3 * c.intermediate_size + 6 * c.num_attention_heads * c.head_dim
+    rows = dict(frozen=share(frozen) * width, trained=share(trained) * 16,        # master, gradient, two moments
+                activations=s.micro_tokens * L * row * width, head=3 * 512 * c.vocab_size * 4)
+    GB = 2 ** 30
     print(f"{s.tokens:,} tokens in about {math.ceil(s.tokens / s.batch_tokens):,} steps of {s.batch_tokens:,}")
-    print(f"each device needs about {sum(rows.values()) / GB:,.2f} GB: " + ", ".join(f"{k} {v / GB:,.2f}" for k, v in rows.items()))
+    print(f"each device needs about {sum(rows.values()) / GB:,.2f} GB: "
+          + ", ".join(f"{k} {v / GB:,.2f}" for k, v in rows.items()))
+    missing = [f for f in ("config.json", "tokenizer.json", "preprocessor_config.json") if not (folder / f).is_file()]
+    missing += find_tensors(folder)[1]
     if s.data and not Path(s.data).is_file():
         missing.append(s.data)
     elif s.data:
@@ -629,6 +702,8 @@ def main(argv=None):
         ranks = start(s)
         dataset = read_data(s.data) if s.data else World("train", s.seed)
         teacher, student, processor = build(s, ranks.device)
+        if s.shard:
+            shard(ranks, teacher, student)
         objective = Distillation(s, teacher, student)
     except (ValueError, OSError) as error:
         sys.exit(str(error))
@@ -637,6 +712,9 @@ def main(argv=None):
     except BadSample as error:
         sys.exit(str(error))
     if ranks.rank == 0:
+        if s.shard:                                       # a checkpoint holds whole tensors: read the last one
+            teacher, student, processor = build(s, ranks.device)
+            run(s, Distillation(s, teacher, student), processor, dataset, Ranks(0, 1, ranks.device))
         finish(s, teacher, student, processor)
     ranks.wait()
     if ranks.world > 1:

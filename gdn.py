@@ -1,15 +1,15 @@
 """The Gated DeltaNet mixer of condition C6 (A.3): the same slot, interface and weight transfer as mamba2.py.
 
-Mamba-2 adds every value to its state, so whatever is stored under like keys piles up. The gated delta rule
-(Yang et al., "Gated Delta Networks", arXiv 2412.06464) first looks up what the state already answers to the new
-key, and stores only the difference. Per head, with keys and queries of unit length,
+Mamba-2 adds every value to its state, so what is stored under like keys piles up. The gated delta rule (Yang
+et al., "Gated Delta Networks", arXiv 2412.06464) first looks up what the state answers to the new key, and
+stores only what is missing. Per head, with keys and queries of unit length,
 
     S_t = a_t S_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T           the state, P x N
-        = a_t S_{t-1} + b_t (v_t - a_t S_{t-1} k_t) k_t^T           the same: the error in answering k_t, corrected
+        = a_t S_{t-1} + b_t (v_t - a_t S_{t-1} k_t) k_t^T           the same: what k_t finds is put right
     y_t = S_t q_t                                                   the output, P
 
-`step` is the second line as it stands; `delta_rule` computes it for whole sequences, chunk by chunk, in linear
-time. There is nothing to run here: `torchrun distill.py --cond c6` trains this mixer.
+`step` is the second line as it stands; `delta_rule` computes it for whole sequences, chunk by chunk, in
+linear time. Nothing to run here: `torchrun distill.py --cond c4 --mixer gdn` is C6, and trains this mixer.
 
     code     what it is                                                           shape
     q        queries, one per head: unit length / sqrt(P)                         (B, T, H, N)
@@ -37,7 +37,7 @@ from mamba2 import causal_conv, heads, kernel, unheads
 
 
 def step(q, k, v, log_a, beta, state):
-    """One position of the rule above: q (B,H,N), k (B,G,N), v (B,G,P), log_a and beta (B,H) -> y (B,H,P), state."""
+    """One position of the rule: q (B,H,N), k (B,G,N), v (B,G,P), log_a, beta (B,H) -> y (B,H,P), state."""
     k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], dim=1) for z in (k, v))       # groups to heads
     state = torch.exp(log_a)[..., None, None] * state                                   # (B, H, P, N)
     error = v - (state @ k[..., None]).squeeze(-1)                                      # (B, H, P)
@@ -48,16 +48,16 @@ def step(q, k, v, log_a, beta, state):
 def delta_rule(q, k, v, log_a, beta, state=None, mask=None, chunk=None):
     """The rule over any T positions, from any state: -> y (B,T,H,P), the state after them (B,H,P,N).
 
-    q (B,T,H,N), k (B,T,G,N) of length at most 1, v (B,T,G,P), log_a (B,T,H) <= 0, beta (B,T,H) in 0..1, state
-    (B,H,P,N) or None for zeros, mask (B,T) bool or None: at padding beta and log_a are set to zero, so nothing
-    enters the state and nothing decays it (y there is meaningless). Decays and states are fp32, or fp64 for fp64
-    inputs; y has v's dtype. Cost and memory are linear in T. Raises ValueError where the shapes do not agree.
+    q (B,T,H,N), k (B,T,G,N) of length 1, v (B,T,G,P), log_a (B,T,H) <= 0, beta (B,T,H) in 0..1; state
+    (B,H,P,N), None for zeros; mask (B,T) bool or None: at padding beta and log_a are set to zero, so that
+    nothing enters or decays the state (y there is meaningless). Decays and states are fp32, or fp64 for fp64
+    inputs; y has v's dtype. Cost and memory are linear in T. Raises ValueError if shapes do not agree.
     """
     (b, T, H, N), (G, P) = q.shape, v.shape[2:]
     if H % G or k.shape != (b, T, G, N) or v.shape[:2] != (b, T) or {log_a.shape, beta.shape} != {(b, T, H)}:
         shapes = ", ".join(str(tuple(z.shape)) for z in (q, k, v, log_a, beta))
-        raise ValueError("delta_rule wants q (B,T,H,N), k (B,T,G,N), v (B,T,G,P), log_a and beta (B,T,H), G dividing "
-                         f"H; got {shapes}")
+        raise ValueError("delta_rule wants q (B,T,H,N), k (B,T,G,N), v (B,T,G,P), log_a and beta (B,T,H), "
+                         f"G | H; got {shapes}")
     work = torch.promote_types(v.dtype, torch.float32)
     log_a, beta = log_a.to(work), beta.to(work)
     state = v.new_zeros(b, H, P, N, dtype=work) if state is None else state.to(work)
@@ -99,11 +99,13 @@ def cut(at, q, k, v, log_a, beta):
 class ChunkedDeltaRule(torch.autograd.Function):
     """The rule with positions taken Q at a time, as matrix products and one triangular solve.
 
-    Let p_t = v_t - a_t S_{t-1} k_t be the error at t, so that b_t p_t k_t^T is what t stores. Within a chunk that
-    starts from S, unrolling the state gives p_t = v_t - start_t S k_t - sum_{s<t} K_ts b_s p_s: a unit lower
-    triangular system, (I + tril(K, -1) diag(b)) p = v - start * (k S^T). With p known, the chunk is linear
-    attention over the values b p, as in mamba2.ChunkedSSD, and so is the bookkeeping: the backward pass keeps the
-    inputs, p, and the state before each chunk, and computes the rest anew.
+    Let p_t = v_t - a_t S_{t-1} k_t be the error at t: what t stores is b_t p_t k_t^T. Within a chunk that
+    starts from S, unrolling the state gives p_t = v_t - start_t S k_t - sum_{s<t} K_ts b_s p_s, a unit lower
+    triangular system: (I + tril(K, -1) diag(b)) p = v - start * (k S^T). Once p is known the chunk is linear
+    attention over the values b p, and goes as in mamba2.ChunkedSSD: a chunk stays in cache, and the backward
+    pass keeps the inputs, p, and the state before each chunk, and computes the rest anew.
+
+    The system is solved, not inverted by a product of powers of K: for like keys these grow to binomial size.
 
     q (B,T,H,N), k (B,T,G,N), v (B,T,G,P), log_a and beta (bh,T,1), state (bh,P,N).
     """
@@ -136,33 +138,33 @@ class ChunkedDeltaRule(torch.autograd.Function):
             at = slice(i * ctx.chunk, (i + 1) * ctx.chunk)
             c, before, after, p = cut(at, q, k, v, log_a, beta), states[i], states[i + 1], errors[:, at]
             u, g = c.beta * p, heads(dy, at, q.shape[2], beta.dtype)                  # (bh, Q, P)
-            du = torch.bmm(c.k, dstate.mT).mul_(c.end).baddbmm_(c.M.mT, g)            # from y and the state only
-            # An error also feeds the later ones: the system above, transposed.
+            du = torch.bmm(c.k, dstate.mT).mul_(c.end).baddbmm_(c.M.mT, g)            # of y and the state;
+            # what t stores also bears on the later errors, by the system above, transposed:
             w = torch.linalg.solve_triangular((c.K * c.beta).mT, du, upper=True, unitriangular=True)
-            e = c.beta * w                                                            # of the right side, so of v
+            e = c.beta * w                                                            # that of p, and so of v
             dM = torch.bmm(g, u.mT).mul_(c.L)                                         # of q k^T
-            dK = torch.bmm(e, u.mT).mul_(c.L).tril_(-1)                               # of k k^T, less its sign
+            dK = torch.bmm(e, u.mT).mul_(c.L).tril_(-1)                               # of -k k^T
             early, late = g * c.start, e * c.start
-            # A key reads the state (to be subtracted: `read` is less its sign, too) and is written to it.
+            # Keys are written to the state, and read it for the error: `read` is the gradient of -k in that.
             read = torch.bmm(late, before).baddbmm_(dK, c.k)                          # (bh, Q, N)
             write = torch.bmm(u, dstate).mul_(c.end).baddbmm_(dM.mT, c.q).baddbmm_(dK.mT, c.k, alpha=-1)
-            cq = torch.bmm(early, before).baddbmm_(dM, c.k)                           # (bh, Q, N)
-            # The summed log-decay up to t scales all that t reads and divides all that it writes; that of the
-            # whole chunk also scales the state it hands on.
-            dtotal = (c.q * cq - c.k * (read + write)).sum(-1, keepdim=True)          # (bh, Q, 1)
+            find = torch.bmm(early, before).baddbmm_(dM, c.k)                         # of q, (bh, Q, N)
+            # The log-decay summed up to t scales all that t reads and divides all that t writes. The whole
+            # chunk's also scales the state that it hands on.
+            dtotal = (c.q * find - c.k * (read + write)).sum(-1, keepdim=True)        # (bh, Q, 1)
             dtotal[:, -1] += (after * dstate).sum((1, 2))[:, None]
             dlog_a[:, at] = dtotal.flip(1).cumsum(1).flip(1)                          # undoes the cumsum
             dbeta[:, at] = (p * w).sum(-1, keepdim=True)
-            dq[:, at], dk[:, at], dv[:, at] = unheads(cq, q), unheads(write - read, k), unheads(e, v)
+            dq[:, at], dk[:, at], dv[:, at] = unheads(find, q), unheads(write - read, k), unheads(e, v)
             dstate = (dstate * c.start[:, -1:]).baddbmm_(early.mT, c.q).baddbmm_(late.mT, c.k, alpha=-1)
         return dq, dk, dv, dlog_a, dbeta, dstate, None
 
 
 def fused_rule(fla, q, k, v, log_a, beta, state):
-    """`delta_rule` by flash-linear-attention. q comes scaled and masks are applied already; the kernels want as
-    many heads of k as of q, so k and v are repeated, head by whole head, and they hold the state as (B,H,N,P). Its
-    one-step kernel has no backward pass and serves decoding only. These arguments are tested against reference
-    functions; the kernels themselves await their first run on a GPU."""
+    """`delta_rule` by flash-linear-attention. q comes scaled, beta and log_a masked. The kernels want as many
+    heads of k as of q, so k and v are repeated, head by whole head, and hold the state as (B,H,N,P); the
+    one-step kernel has no backward pass, so it serves decoding only. These arguments are tested against
+    reference functions; the kernels themselves await their first run on a GPU."""
     k, v = (z.repeat_interleave(q.shape[2] // z.shape[2], dim=2) for z in (k, v))       # (B, T, H, ·)
     decode = q.shape[1] == 1 and not torch.is_grad_enabled()
     run = fla.fused_recurrent_gated_delta_rule if decode else fla.chunk_gated_delta_rule
@@ -176,12 +178,33 @@ def fused_rule(fla, q, k, v, log_a, beta, state):
 
 
 class State(NamedTuple):
-    conv: torch.Tensor       # (B, 3, (2G + H) * P)  the last inputs of the short convolution: v, k, q in a row
+    conv: torch.Tensor       # (B, 3, (2G + H) P)  the convolution's last inputs: v, k, q side by side
     delta: torch.Tensor      # (B, H, P, N) fp32
 
 
 class GatedDeltaNet(nn.Module):
-    """TODO"""
+    """Gated DeltaNet with the weights of one attention layer.
+
+        q, k, v = q_norm(W_Q h), k_norm(W_K h), W_V h           inherited; no RoPE
+        v, k, q = conv(v, k, q)                                 depthwise, causal, over four positions
+        q, k    = q / |q| / sqrt(P), k / |k|                    keys of unit length keep the rule stable
+        y       = delta_rule(q, k, v, log_a, beta)              beta = sigmoid(W_beta h + bias),
+                                                                log_a = -exp(A_log) softplus(W_a h + bias)
+        out     = W_O (silu(W_G h + bias) * RMSNorm_head(y))    W_O inherited
+
+    As in mamba2.Mamba2, what is not inherited is N(0, 0.02) noise around a start that makes the layer a
+    useful linear attention, or around zero with `init="paper"` (beta 1/2, half the state gone after one
+    position). conv, gate_proj and out_norm start as there. The other default starts:
+
+        beta_proj   W_beta 0, its bias such that beta goes from 1/2 (first head) to 1/64 (last) in even
+                    ratios. The state answers a key with a running average over about the last 1/beta values
+                    stored under it: few and sharp in the first head, broad as attention's in the last. As
+                    beta goes to 0 the rule becomes linear attention, which sums; but its first outputs are
+                    then so small that the epsilon of the norm shows
+        decay_proj  W_a 0, its bias such that softplus gives 1/16 (first head) to 1/4096 (last) in even
+                    ratios: memory half-lives of 11 to 2,800 tokens, where a large image has about 2,500
+        A_log       0: A = -1. Unlike in Mamba-2 nothing ties decay to gain: keys make room for themselves
+    """
     INHERITED = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 
     def __init__(self, config, layer):
@@ -212,12 +235,13 @@ class GatedDeltaNet(nn.Module):
         if init not in ("default", "paper"):
             raise ValueError(f"no init {init!r}: choose default or paper")
         H, G, P = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
-        rate = torch.logspace(math.log10(1 / 16), math.log10(1 / 4096), H)
+        beta = torch.logspace(math.log10(1 / 2), math.log10(1 / 64), H)
+        decay = torch.logspace(math.log10(1 / 16), math.log10(1 / 4096), H)
         value_size = self.v_proj.weight.float().view(G, -1).norm(dim=1) / P ** 0.5      # (G,)
         starts = {                                                                      # where not zero
             "conv": torch.tensor([0.0, 0.0, 0.0, 1.0]),
-            "beta_proj.bias": torch.logit(rate),
-            "decay_proj.bias": rate + torch.log(-torch.expm1(-rate)),                   # softplus backwards
+            "beta_proj.bias": torch.logit(beta),
+            "decay_proj.bias": decay + torch.log(-torch.expm1(-decay)),                 # softplus backwards
             "gate_proj.bias": torch.tensor(1.278464542761),
         } if init == "default" else {}
         for name, p in self.named_parameters():
@@ -241,7 +265,7 @@ class GatedDeltaNet(nn.Module):
         mixer.init_new(init, generator)
         return mixer
 
-    def forward(self, x, mask=None, state=None, rope=None):                             # (B, T, D); rope unused
+    def forward(self, x, mask=None, state=None, rope=None):                             # (B, T, D); no rope
         b, T, _ = x.shape
         H, G, P = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
         q = self.q_norm(self.q_proj(x).view(b, T, H, P))                                # (B, T, H, P)
@@ -249,15 +273,10 @@ class GatedDeltaNet(nn.Module):
         u = torch.cat([self.v_proj(x), k.flatten(2), q.flatten(2)], dim=-1)             # (B, T, (2G+H)P)
         u, conv = causal_conv(u, self.conv, mask, state and state.conv)
         v, k, q = (z.unflatten(-1, (-1, P)) for z in u.split([G * P, G * P, H * P], dim=-1))
-        k, q = unit(k), unit(q) * P ** -0.5
+        k, q = (F.rms_norm(z, (P,), eps=1e-6) * P ** -0.5 for z in (k, q))              # to unit length
         wide = torch.promote_types(x.dtype, torch.float32)
         beta = torch.sigmoid(self.beta_proj(x).to(wide))                                # (B, T, H)
         log_a = -torch.exp(self.A_log.to(wide)) * F.softplus(self.decay_proj(x).to(wide))
-        y, delta = delta_rule(q, k, v, log_a, beta, state and state.delta, mask)        # (B, T, H, P)
+        y, delta = delta_rule(q * P ** -0.5, k, v, log_a, beta, state and state.delta, mask)
         y = F.rms_norm(y, (P,), eps=self.config.rms_norm_eps).flatten(2) * self.out_norm
         return self.o_proj(y * F.silu(self.gate_proj(x))), State(conv, delta)           # (B, T, D)
-
-
-def unit(z):
-    """z over its Euclidean length, along the last dimension."""
-    return F.rms_norm(z, z.shape[-1:], eps=1e-6) * z.shape[-1] ** -0.5

@@ -26,7 +26,6 @@ groups, Q chunk. Head h reads group h // (H / G), as in grouped-query attention.
 import importlib
 import math
 import os
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -49,17 +48,17 @@ def step(x, dt, A, B, C, D, state):
 def ssd(x, dt, A, B, C, D=None, state=None, mask=None, chunk=None):
     """The recurrence over any T positions, from any state: -> y (B,T,H,P), the state after them (B,H,P,N).
 
-    x (B,T,G,P), dt (B,T,H) >= 0, A (H,) < 0, B (B,T,G,N), C (B,T,H,N), D (H,) or None for zeros, state (B,H,P,N)
-    or None for zeros, mask (B,T) bool or None: at padding dt is set to zero, so nothing enters the state and
-    nothing decays it (y there is meaningless). Decays and states are fp32, or fp64 for fp64 inputs; y has x's
-    dtype. Cost and memory are linear in T: forward, H T (2 Q (N + P) + 4 N P) operations. Chunks of about P
-    positions are best: work within chunks then costs as much as work between them. GPUs want fewer, larger ones.
-    Raises ValueError where the shapes do not agree.
+    x (B,T,G,P), dt (B,T,H) >= 0, A (H,) < 0, B (B,T,G,N), C (B,T,H,N); D (H,) and state (B,H,P,N), None for
+    zeros; mask (B,T) bool or None: at padding dt is set to zero, so that nothing enters or decays the state
+    (y there is meaningless). Decays and states are fp32, or fp64 for fp64 inputs; y has x's dtype. Cost and
+    memory are linear in T: H T (2 Q (N + P) + 4 N P) operations forward. Chunks of about P positions are
+    best, as work within chunks then costs as much as work between them; GPUs want fewer, larger ones. Raises
+    ValueError if shapes do not agree.
     """
     (b, T, G, P), (H, N) = x.shape, C.shape[2:]
     if H % G or B.shape != (b, T, G, N) or dt.shape != (b, T, H):
         shapes = ", ".join(str(tuple(z.shape)) for z in (x, dt, B, C))
-        raise ValueError(f"ssd wants x (B,T,G,P), dt (B,T,H), B (B,T,G,N), C (B,T,H,N), G dividing H; got {shapes}")
+        raise ValueError(f"ssd wants x (B,T,G,P), dt (B,T,H), B (B,T,G,N), C (B,T,H,N), G | H; got {shapes}")
     work = torch.promote_types(x.dtype, torch.float32)
     dt, A = dt.to(work), A.to(work)
     D = torch.zeros_like(A) if D is None else D.to(work)
@@ -68,15 +67,15 @@ def ssd(x, dt, A, B, C, D=None, state=None, mask=None, chunk=None):
         dt = dt.masked_fill(~mask[..., None], 0.0)
     with torch.autocast(x.device.type, enabled=False):
         if T == 1:
-            fused = None if torch.is_grad_enabled() else kernel("mamba_ssm.ops.triton.selective_state_update", x)
-            run = partial(fused_step, fused) if fused else step
+            run = step if torch.is_grad_enabled() else fused_step
             y, state = run(x[:, 0].to(work), dt[:, 0], A, B[:, 0].to(work), C[:, 0].to(work), D, state)
             return y[:, None].to(x.dtype), state
         if fused := kernel("mamba_ssm.ops.triton.ssd_combined", x):
             return fused_scan(fused, x, dt, A, B, C, D, state)
         rows = dt.mT.reshape(b * H, T, 1)
-        y, state = ChunkedSSD.apply(x, rows, rows * A.repeat(b).view(-1, 1, 1), B, C, D.repeat(b).view(-1, 1, 1),
-                                    state.flatten(0, 1), chunk or (256 if x.is_cuda else min(64, max(32, P))))
+        A, D = (z.repeat(b).view(-1, 1, 1) for z in (A, D))
+        chunk = chunk or (256 if x.is_cuda else min(64, max(32, P)))
+        y, state = ChunkedSSD.apply(x, rows, rows * A, B, C, D, state.flatten(0, 1), chunk)
         return y, state.view(b, H, P, N)
 
 
@@ -99,7 +98,7 @@ def heads(z, at, H, dtype):
 
 
 def unheads(z, like):
-    """The gradient of `heads`: z (bh,Q,·), summed over the heads of each group, for like (B,T,G,·) -> (B,Q,G,·)."""
+    """The gradient of `heads`: z (bh,Q,·) summed over each group's heads, -> (B,Q,G,·) for like (B,T,G,·)."""
     z = z.view(like.shape[0], like.shape[2], -1, *z.shape[1:])                        # (B, G, H/G, Q, ·)
     return (z.sum(2) if z.shape[2] > 1 else z[:, :, 0]).transpose(1, 2)
 
@@ -111,7 +110,8 @@ def cut(at, x, dt, log_a, B, C):
     # Differences first, then exp: exp(total_t) / exp(total_s) would be 0 / 0 under strong decay. Above the
     # diagonal exp may overflow, but tril_ writes its zeros over whatever is there.
     L = (total - total.mT).exp_().tril_()                                             # (bh, Q, Q)
-    return Chunk(x, B, C, dt[:, at], L, total.exp(), (total[:, -1:] - total).exp_(), torch.bmm(C, B.mT).mul_(L))
+    start, end = total.exp(), (total[:, -1:] - total).exp()                           # (bh, Q, 1)
+    return Chunk(x, B, C, dt[:, at], L, start, end, torch.bmm(C, B.mT).mul_(L))
 
 
 def advance(c, state):
@@ -122,10 +122,10 @@ def advance(c, state):
 class ChunkedSSD(torch.autograd.Function):
     """The recurrence with positions taken Q at a time, as matrix products.
 
-    Within a chunk, M (dt x) with M = L * C B^T is causal attention, decay in the place of softmax; from chunk to
-    chunk the state is handed on. Batch and heads go through a chunk together, and a chunk stays in cache: that
-    is where the speed comes from. Autograd would keep every L and M; the backward pass written here keeps the
-    inputs and the state before every fourth chunk, and computes the rest anew.
+    Within a chunk, M (dt x) with M = L * C B^T is causal attention, decay in the place of softmax; from chunk
+    to chunk the state is handed on. Batch and heads go through a chunk together, and a chunk stays in cache:
+    hence the speed. Autograd would keep every L and M; the backward pass written here keeps the inputs and
+    the state before every fourth chunk, and computes the rest anew.
 
     x (B,T,G,P), dt and log_a = dt A (bh,T,1), B (B,T,G,N), C (B,T,H,N), D (bh,1,1), state (bh,P,N).
     """
@@ -161,13 +161,13 @@ class ChunkedSSD(torch.autograd.Function):
             for at, c, before in reversed(list(zip(ats, cuts, states))):
                 u, g = c.dt * c.x, heads(dy, at, C.shape[2], dt.dtype)                # (bh, Q, P)
                 early, late = g * c.start, u * c.end
-                dG = torch.bmm(g, u.mT).mul_(c.L)                                     # (bh, Q, Q), of G = C B^T
+                dG = torch.bmm(g, u.mT).mul_(c.L)                                     # (bh, Q, Q), G = C B^T
                 dc = torch.bmm(early, before).baddbmm_(dG, c.B)                       # (bh, Q, N)
                 db = torch.bmm(late, dstate).baddbmm_(dG.mT, c.C)                     # (bh, Q, N)
                 du = torch.bmm(c.B, dstate.mT).mul_(c.end).baddbmm_(c.M.mT, g)        # (bh, Q, P)
                 ddt[:, at] = (c.x * du).sum(-1, keepdim=True)
-                # The summed log-decay up to t scales all that C_t reads and divides all that u_t writes, so its
-                # gradient is C_t.dC_t - u_t.du_t; that of the whole chunk also scales the state it hands on.
+                # The log-decay summed up to t scales all that C_t reads and divides all that u_t writes: its
+                # gradient is C_t.dC_t - u_t.du_t. The whole chunk's also scales the state that it hands on.
                 dtotal = (c.C * dc).sum(-1, keepdim=True) - c.dt * ddt[:, at]         # (bh, Q, 1)
                 dtotal[:, -1] += (after * dstate).sum((1, 2))[:, None]
                 dlog_a[:, at] = dtotal.flip(1).cumsum(1).flip(1)                      # undoes the cumsum
@@ -181,6 +181,28 @@ class ChunkedSSD(torch.autograd.Function):
 
 # ---------------------------------------------------------------------------------------------------------
 # The short convolution, and the optional kernels
+
+
+def depthwise(u, weight):
+    """u (B,T+W-1,E), weight (E,W) -> (B,T,E). A 2-d convolution of height 1: faster than PyTorch's 1-d."""
+    return F.conv2d(u.mT[:, :, None], weight[:, None, None], groups=len(weight))[:, :, 0].mT
+
+
+class Depthwise(torch.autograd.Function):
+    """`depthwise` with a gradient that takes a fifth of the time of PyTorch's own on CPUs at T = 4,096."""
+
+    @staticmethod
+    def forward(ctx, u, weight):
+        ctx.save_for_backward(u, weight)
+        return depthwise(u, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (u, weight), T = ctx.saved_tensors, dy.shape[1]
+        before = weight.shape[1] - 1
+        du = depthwise(F.pad(dy, (0, 0, before, before)), weight.flip(1)) if ctx.needs_input_grad[0] else None
+        return du, torch.stack([(dy * u[:, j:j + T]).sum((0, 1)) for j in range(before + 1)], dim=1)
 
 
 def causal_conv(u, weight, mask=None, memory=None):
@@ -197,7 +219,7 @@ def causal_conv(u, weight, mask=None, memory=None):
         memory = u[:, T:]                                                               # (B, W-1, E)
     else:
         taps = torch.arange(before, device=u.device)
-        first = mask.int().argmax(1, keepdim=True)                                      # (B, 1), 0 if all padding
+        first = mask.int().argmax(1, keepdim=True)                                      # (B, 1), 0 if none
         after = first + mask.sum(1, keepdim=True)
         u = F.pad(u.masked_fill(~mask[..., None], 0.0), (0, 0, before, 0))              # (B, W-1+T, E)
         if memory is not None:
@@ -206,9 +228,7 @@ def causal_conv(u, weight, mask=None, memory=None):
     fused = kernel("causal_conv1d", u)
     if fused:
         return fused.causal_conv1d_fn(u.mT, weight).mT[:, before:], memory
-    # A 2-d convolution of height 1: PyTorch's CPU code for it is several times faster than conv1d's.
-    y = F.conv2d(u.mT[:, :, None], weight[:, None, None], groups=E)                     # (B, E, 1, T)
-    return y[:, :, 0].mT, memory
+    return Depthwise.apply(u, weight), memory
 
 
 def kernel(module, like):
@@ -222,23 +242,25 @@ def kernel(module, like):
 
 
 def fused_scan(ssd_combined, x, dt, A, B, C, D, state):
-    """`ssd` by mamba-ssm. dt comes masked and after softplus, so the kernel's own dt_bias and dt_softplus stay
-    off; the kernel wants as many groups of B as of C, so x and B are repeated, head by whole head. These
-    arguments are tested against reference functions; the kernels themselves await their first run on a GPU."""
+    """`ssd` by mamba-ssm. dt comes masked and after softplus, so the kernel's dt_bias and dt_softplus stay
+    off. It wants as many groups of B as of C, so x and B are repeated, head by whole head. These arguments
+    and those below are tested against reference functions; the kernels themselves await their first run on a
+    GPU."""
     x, B = (z.repeat_interleave(C.shape[2] // z.shape[2], dim=2) for z in (x, B))       # (B, T, H, ·)
     y, state = ssd_combined.mamba_chunk_scan_combined(x, dt, A, B, C.contiguous(), chunk_size=256, D=D,
                                                       initial_states=state, return_final_states=True)
     return y.to(x.dtype), state.to(dt.dtype)
 
 
-def fused_step(selective_state_update, x, dt, A, B, C, D, state):
-    """`step` by mamba-ssm, for decoding only: it has no backward pass. The kernel writes its state in place."""
+def fused_step(x, dt, A, B, C, D, state):
+    """`step` by mamba-ssm where it can serve; that kernel has no backward pass and writes state in place."""
+    fused = kernel("mamba_ssm.ops.triton.selective_state_update", x)
+    if not fused:
+        return step(x, dt, A, B, C, D, state)
     x, B = (z.repeat_interleave(C.shape[1] // z.shape[1], dim=1) for z in (x, B))       # (B, H, ·)
     P, N, state = x.shape[-1], B.shape[-1], state.clone()
-    y = selective_state_update.selective_state_update(
-        state, x, dt[..., None].expand(-1, -1, P), A[:, None, None].expand(-1, P, N), B, C.contiguous(),
-        D=D[:, None].expand(-1, P))
-    return y, state
+    dt, A = dt[..., None].expand(-1, -1, P), A[:, None, None].expand(-1, P, N)
+    return fused.selective_state_update(state, x, dt, A, B, C, D=D[:, None].expand(-1, P)), state
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -246,14 +268,14 @@ def fused_step(selective_state_update, x, dt, A, B, C, D, state):
 
 
 class State(NamedTuple):
-    conv: torch.Tensor       # (B, 3, (2G + H) * P)  the last inputs of the short convolution: x, B, C in a row
+    conv: torch.Tensor       # (B, 3, (2G + H) P)  the convolution's last inputs: x, B, C side by side
     ssm: torch.Tensor        # (B, H, P, N) fp32
 
 
 class Mamba2(nn.Module):
     """Mamba-2 with the weights of one attention layer.
 
-        C, B, x = q_norm(W_Q h), k_norm(W_K h), W_V h           inherited, RoPE dropped; C is divided by sqrt(P)
+        C, B, x = q_norm(W_Q h), k_norm(W_K h), W_V h           inherited; no RoPE; C is divided by sqrt(P)
         x, B, C = conv(x, B, C)                                 depthwise, causal, over four positions
         y       = ssd(x, softplus(W_gamma h + bias), -exp(A_log), B, C, D)
         out     = W_O (silu(W_G h + bias) * RMSNorm_head(y))    W_O inherited
@@ -263,16 +285,16 @@ class Mamba2(nn.Module):
     frozen (Stage 1). So by default the same noise is laid around a start that makes the layer a long-memory
     linear attention; `init="paper"` lays it around zero (README's ledger, entry 3). The default starts:
 
-        conv          1 at the current position: x, B and C pass through. No SiLU follows: it would bend them
-        A_log         0: A = -1. Decay exp(-dt) and gain dt then belong together: the state is a running
-                      average of x B^T, as attention's output is an average of values, whatever T
-        dt_proj       W_gamma 0, bias such that dt goes from 1/16 (first head) to 1/4096 (last) in even ratios:
-                      memory half-lives of 11 to 2,800 tokens, as a large image has about 2,500
-        gate_proj     W_G 0, bias 1.278...: silu(bias) = 1, an open gate
-        D             0: attention has no skip, and learns soon enough if it wants one
-        out_norm      without softmax nothing fixes the size of y, so a norm per head does. Its weight starts at
-                      half the size W_V gives to a unit-size input: attention averages its values and comes out
-                      smaller. Not a matrix of the paper's list, so without noise; with `init="paper"`, 1
+        conv        1 at the current position: x, B, C pass through. No SiLU follows, as it would bend them
+        A_log       0: A = -1. Gain dt and decay exp(-dt) then belong together: the state is a running average
+                    of x B^T, as attention's output is an average of values, whatever T
+        dt_proj     W_gamma 0, its bias such that dt goes from 1/16 (first head) to 1/4096 (last) in even
+                    ratios: memory half-lives of 11 to 2,800 tokens, where a large image has about 2,500
+        gate_proj   W_G 0, its bias 1.278...: silu(bias) = 1, an open gate
+        D           0: attention has no skip, and learns one soon enough if it wants it
+        out_norm    softmax fixed the size of attention's output; here, a norm per head does. It starts at
+                    half the size W_V gives to a unit-size input, for averages are smaller than what they
+                    average. A norm, not one of the paper's matrices: no noise, and 1 with `init="paper"`
     """
     INHERITED = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 
@@ -332,7 +354,7 @@ class Mamba2(nn.Module):
         mixer.init_new(init, generator)
         return mixer
 
-    def forward(self, x, mask=None, state=None, rope=None):                             # (B, T, D); rope unused
+    def forward(self, x, mask=None, state=None, rope=None):                             # (B, T, D); no rope
         b, T, _ = x.shape
         H, G, P = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
         C = self.q_norm(self.q_proj(x).view(b, T, H, P)) * P ** -0.5                    # (B, T, H, P)

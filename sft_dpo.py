@@ -34,7 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data import IGNORED, BadSample, NoPreference, read_data
+from data import IGNORED, BadSample, NoPreference, Processor, read_data
 from distill import Ranks, Settings, load_model, needs, parse, precision, run, setting, shard, start
 from model import Config, Qwen3VL
 from synthdoc import World
@@ -47,26 +47,26 @@ from synthdoc import World
 class SFTSettings(Settings):
     model: str = setting("out/c4", "folder to start from: a distilled student, or a plain Qwen3-VL")
     out: str = setting("", "folder of the run; empty: out/<model>-sft")
-    tokens: Optional[int] = setting(None, "token budget of the run; 0: one epoch, by the mean length of 500 samples")
-    warmup: float = setting(0.03, "share of the budget over which the learning rate rises")
-    floor: float = setting(0.0, "the cosine ends at this share of the peak; C.4 and C.5 name none")
-    cap: int = setting(8192, "tokens of a sample; text is cut, image tokens never are")
-    visual_tokens: int = setting(2500, "visual tokens of an image at most; larger images are scaled down")
+    tokens: Optional[int] = setting(None, "token budget; 0: one epoch, by the mean length of 500 samples", low=0)
+    warmup: float = setting(0.03, "share of the budget over which the learning rate rises", low=0, high=0.99)
+    floor: float = setting(0.0, "the cosine ends at this share of the peak; C.4 and C.5 name none", low=0, high=1)
+    cap: int = setting(8192, "tokens of a sample; text is cut, image tokens never are", low=1)
+    visual_tokens: int = setting(2500, "visual tokens of an image at most; larger images are scaled down", low=1)
     projector: bool = setting(True, "the mergers train too; --no-projector freezes all of the vision tower")
-    questions: int = setting(256, "evaluation questions a suite at the end, on the embedded world; 0: none")
+    questions: int = setting(256, "evaluation questions a suite at the end, on the embedded world; 0: none", low=0)
 
 
 @dataclass
 class DPOSettings(SFTSettings):
     model: str = setting("out/c4-sft", "folder of the SFT model: where to start from, and the reference")
     out: str = setting("", "folder of the run; empty: out/<model, without -sft>-dpo")
-    weight_decay: float = setting(0.0, "C.5")
-    cap: int = setting(4096, "tokens of chosen and rejected together, prompts included; each may have half")
-    visual_tokens: int = setting(1536, "visual tokens of an image at most: leaves text a quarter of half the cap")
-    beta: float = setting(0.1, "how dearly departures from the reference are paid")
-    rank: int = setting(32, "r of LoRA")
+    weight_decay: float = setting(0.0, "C.5", low=0)
+    cap: int = setting(4096, "tokens of chosen and rejected together, prompts included; each may have half", low=2)
+    visual_tokens: int = setting(1536, "visual tokens of an image at most: leaves text a quarter of half the cap", low=1)
+    beta: float = setting(0.1, "how dearly departures from the reference are paid", low=0)
+    rank: int = setting(32, "r of LoRA", low=1)
     alpha: float = setting(64.0, "the adapters' product is scaled by alpha / r")
-    dropout: float = setting(0.05, "on the adapters' input, not on the layer's")
+    dropout: float = setting(0.05, "on the adapters' input, not on the layer's", low=0, high=0.99)
 
 
 SFT_DEFAULTS = {                # embedded world, real data (Table 11)
@@ -199,6 +199,10 @@ class SFT:
             if p.requires_grad:
                 p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
 
+    @staticmethod
+    def caps(s):
+        return dict(max_visual_tokens=s.visual_tokens, max_tokens=s.cap, max_text_tokens=s.cap)
+
     def parameters(self):
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
@@ -219,6 +223,10 @@ class DPO:
     def __init__(self, s, model):
         self.s, self.model = s, model.requires_grad_(False)
         add_adapters(model, s)
+
+    @staticmethod
+    def caps(s):                                          # of one row: a pair has two
+        return dict(max_visual_tokens=s.visual_tokens, max_tokens=s.cap // 2, max_text_tokens=s.cap // 2)
 
     def parameters(self):
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -314,9 +322,7 @@ def one_epoch(data, processor, probes=500):
 
 def prepared(s, phase, device):
     """-> the objective around a freshly loaded model, and the processor with the phase's caps."""
-    cap = s.cap // 2 if phase.objective is DPO else s.cap
-    model, processor = load_model(s, "model", device, max_visual_tokens=s.visual_tokens, max_tokens=cap,
-                                  max_text_tokens=cap)
+    model, processor = load_model(s, "model", device, **phase.objective.caps(s))
     objective = phase.objective(s, model)
     if s.recompute:
         for layer in model.layers:
@@ -364,7 +370,7 @@ def dry_run(s, phase):
     named, trained = dict(model.named_parameters()), objective.parameters()
     frozen = {name: p for name, p in named.items() if name not in trained}
     if not s.tokens and s.data:
-        s.tokens = one_epoch(dataset_of(s, phase), processor_of(s, phase))
+        s.tokens = one_epoch(dataset_of(s, phase), Processor(s.model, **phase.objective.caps(s)))
     print(f"{s.model}: {sum(p.numel() for p in frozen.values()) / 1e6:,.1f} M parameters stay frozen, "
           f"{sum(p.numel() for p in trained.values()) / 1e6:,.1f} M train")
     needs(s, s.model, frozen, trained)
@@ -384,7 +390,7 @@ def main(argv=None):
     ranks = start(s)
     try:
         model = train(s, phase, ranks)
-    except BadSample as error:
+    except (BadSample, ValueError, OSError) as error:     # what the user can mend is said in one sentence
         sys.exit(str(error))
     if model is not None:
         finish(s, model)

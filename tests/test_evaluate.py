@@ -203,6 +203,11 @@ def test_mmstar_agrees_with_lmms_eval(harness):
     theirs = harness("mmstar.utils").exact_match
     assert E.mmstar("A cat is on the mat, D", {"answer": "A"}).score == 1              # a quirk worth keeping
     cases = [(reply, {"answer": letter}) for *_, reply, _, _, letter in choice_rows(6, 3000)]
+    phrases, rng = harness("lmms_eval.tasks._task_utils.mcq_extract")._ANSWER_PHRASES, random.Random(60)
+    assert set(E.SAID) == set(phrases)
+    for words in 20 * phrases:
+        reply = f"{phrase(rng)} {mangled(rng, words)} {rng.choice('ABCD')}{phrase(rng)}".strip()
+        cases.append((reply, {"answer": rng.choice("ABCD")}))
     agree(score(E.mmstar), lambda reply, row: theirs(reply, row["answer"]), cases)
 
 

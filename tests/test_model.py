@@ -120,12 +120,12 @@ def test_logits_equal_transformers_for_left_padded_images_and_video(both):
     inputs = batch(ROWS, "left")
     expected, real = logits_of_transformers(theirs, *inputs), inputs[1]
     assert expected[real].std() > 1
-    torch.testing.assert_close(ours(*inputs)[real], expected[real], atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(ours(*inputs)[real], expected[real], atol=1e-4, rtol=1e-4)
 
 
-def test_greedy_tokens_equal_transformers_after_images(both):
+def test_greedy_tokens_equal_transformers_after_images_and_video(both):
     theirs, ours = both
-    inputs = batch(ROWS[:3], "left")                      # transformers 5.23 does not continue after a video
+    inputs = batch(ROWS, "left")
     theirs.model.rope_deltas = None
     expected = theirs.generate(**inputs_of_transformers(*inputs), max_new_tokens=12, do_sample=False,
                                eos_token_id=None, pad_token_id=0)[:, inputs[0].shape[1]:].tolist()
@@ -158,7 +158,7 @@ def test_transformers_loads_what_save_pretrained_writes(both, tmp_path, shard_by
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     inputs = batch(ROWS, "left")
     real, expected, theirs = inputs[1], ours(*inputs), logits_of_transformers(loaded, *inputs)
-    torch.testing.assert_close(theirs[real], expected[real], atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(theirs[real], expected[real], atol=1e-4, rtol=1e-4)
     again = Qwen3VL.from_pretrained(tmp_path)
     assert torch.equal(again(*inputs), expected)
     assert tied(again) == ours.config.tie_word_embeddings
@@ -301,7 +301,7 @@ def test_mapped_weights_train_in_place_and_save_into_their_own_folder(teacher, t
     expected = {k: v.clone() for k, v in ours.state_dict().items()}
     assert not torch.equal(expected["lm_head.weight"], teacher.lm_head.weight)
     (tmp_path / "model-of-mine.safetensors").write_bytes(b"not ours")
-    for shard_bytes in (2 ** 16, 2 ** 30):                          # to shards, and back to one file
+    for shard_bytes in (2 ** 30, 2 ** 16, 2 ** 30):                 # over itself, to shards, and back to one file
         ours.save_pretrained(tmp_path, shard_bytes)
         again = Qwen3VL.from_pretrained(tmp_path).state_dict()
         assert all(torch.equal(again[k], expected[k]) and torch.equal(v, expected[k])
@@ -386,6 +386,11 @@ def test_bfloat16_from_checkpoint_to_answer(teacher, tmp_path):
     a, b = logits[real].float(), teacher(*inputs)[real]
     assert torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1] > 0.97
     assert [len(r) for r in half.generate(*inputs, max_new_tokens=3, chunk=5)] == [3] * 4
+
+    far = torch.arange(3900, 4000)                        # where angles in bfloat16 would be off by whole turns
+    angle = far.numpy()[:, None] * 5e6 ** (-np.arange(0, 32, 2) / 32)
+    cos, _ = model.mrope(far.expand(3, 1, -1), half.config.text, torch.bfloat16)
+    np.testing.assert_allclose(cos[0, :, :16].float(), np.cos(angle), atol=2 ** -8)
 
 
 GRID, PIXELS = torch.tensor([[1, 4, 4]]), torch.zeros(16, 1536)

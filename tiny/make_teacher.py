@@ -164,10 +164,13 @@ class Batches(torch.utils.data.IterableDataset):
         step = self.first
         while True:
             world = worlds[np.random.default_rng(step).choice(len(SIZES), p=[.3, .2, .2, .3])]
-            samples, names = zip(*(world.exercise(step * self.size + i, self.eyes) for i in range(self.size)))
-            batch = collate([self.processor.encode(s) for s in samples], self.processor.pad_id)
-            yield step, batch, torch.cat([n for n in names if n is not None])
-            step += 1
+            lessons = [world.exercise(step * self.size + i, self.eyes) for i in range(4 * self.size)]
+            encoded = sorted(((self.processor.encode(sample), names) for sample, names in lessons),
+                             key=lambda pair: len(pair[0].ids))            # else half of a batch would be padding
+            for i in np.random.default_rng(step).permutation(4) * self.size:
+                rows, names = zip(*encoded[i:i + self.size])
+                yield step, collate(rows, self.processor.pad_id), [n for n in names if n is not None]
+                step += 1
 
 
 class Heads(nn.Module):
@@ -272,7 +275,7 @@ def main():
         if (done < a.eyes) != eyes:                       # a lesson begins
             eyes = done < a.eyes
             loader = iter(torch.utils.data.DataLoader(Batches(processor, state["step"], a.batch, a.seed, eyes),
-                                                      batch_size=None, num_workers=1, prefetch_factor=4))
+                                                      batch_size=None))
         step, batch, names = next(loader)
         here = done / a.eyes if eyes else (done - a.eyes) / (1 - a.eyes)
         rest = not eyes and here < 0.8                    # the tower rests
@@ -281,10 +284,10 @@ def main():
         for o, peak in zip(opts, peaks):
             warm = min(1, (step + 1) / 50, 0.1 + 30 * here if not eyes else 1)
             o.param_groups[0]["lr"] = peak * warm * (1 - 0.9 * here)
-        seen = model.visual(batch.pixels, batch.grids)
+        seen = model.visual(batch.pixels, batch.grids) if names else None
         loss, right, exact = torch.zeros(()), torch.zeros(()), torch.zeros(())
-        if not rest:
-            naming, right = heads(seen, names)
+        if not rest and names:
+            naming, right = heads(seen, torch.cat(names))
             loss = naming * (1 if eyes else 0.1)
         if not eyes:
             hidden = model.hidden(batch.ids, batch.mask, None, batch.grids, seen)[:, :-1]
