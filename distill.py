@@ -28,6 +28,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import IGNORED, BadSample, BadSamples, Plan, Processor, loader, read_data
-from density import WEIGHTS, draw_map, image_densities
+from density import WEIGHTS, CacheError, DensityCache, cache_key, draw_map, image_densities, image_sha
 from model import Config, Qwen3VL, causal_mask_needed, find_tensors, to_hybrid
 from synthdoc import World
 
@@ -53,6 +54,7 @@ class Cond:
     align: Optional[str]                 # None: Stages 1/2 are skipped; "output": mixer outputs; "residual": streams
     weight: str = "uniform"              # a row of density.WEIGHTS
     mixer: str = "mamba2"
+    layers: str = "sum"                  # of gradient weights: "sum" over S* (Eq. 7), "each" its own, or the "middle" one
     note: str = ""
 
 
@@ -61,8 +63,12 @@ CONDS = {
     "c2":          Cond("output",                          note="HSA: attention-output MSE, as mmMamba"),
     "c3":          Cond("residual",                        note="RSA: uniform residual MSE, Eq. 4"),
     "c4":          Cond("residual", "density",             note="HEED: density-weighted residual MSE, Eq. 5"),
+    "c5":          Cond("residual", "fisher",              note="HEED-G: gradient weights, Eq. 7"),
+    "c6":          Cond("residual", "density", "gdn",      note="HEED-GDN: Gated DeltaNet"),
     "no-residual": Cond("output",   "density",             note="Table 8, -Residual: C2 with density"),
     "no-density":  Cond("residual", "modality",            note="Table 8, -Density: text/visual boost only"),
+    "ld":          Cond("residual", "fisher", layers="each",   note="Table 8, +LD: gradient weights by layer"),
+    "sl":          Cond("residual", "fisher", layers="middle", note="Table 8, +SL: one layer's gradient"),
     "topk":        Cond("residual", "topk",                note="A.8: 5 x on the k % densest positions"),
     "random":      Cond("residual", "random",              note="A.8: 5 x on k % random positions"),
 }
@@ -120,6 +126,7 @@ class DistillSettings(Settings):
     tau: float = setting(0.5, "temperature of Eq. 3", low=1e-6)
     beta: float = setting(2.0, "text density over the mean visual density (Algorithm 1)", low=0)
     minmax: str = setting("all", "normalise before or after the text value enters (ledger 7)", ["all", "visual"])
+    density_cache: str = setting("", "file that `density.py --cache` wrote for this data and teacher (c4)")
     k: float = setting(25.0, "per cent of positions that the topk and random weights raise (A.8)", low=0, high=100)
     questions: int = setting(256, "evaluation questions a suite at the end, on the embedded world; 0: none", low=0)
 
@@ -169,14 +176,14 @@ def drift(s, r):
 
 
 def lockstep(teacher, student, replaced, e, mask, align="residual", feed="own", grad=True):
-    """Teacher and student through the decoder side by side -> error (B, T), summed over replaced layers.
+    """Teacher and student through the decoder side by side -> error (S, B, T), one row for each replaced layer.
 
     e: the Embedded they share. align: "residual" compares the streams after each replaced layer (Eq. 4 before its
-    sum over p), "output" what the mixers put out (C2). feed: the student's layer reads its own stream or the
+    sums over l and p), "output" what the mixers put out (C2). feed: the student's layer reads its own stream or the
     teacher's. No stack of streams is kept, and the walk ends at the last replaced layer.
     """
     r = s = e.x                                                                         # (B, T, D)
-    error = torch.zeros(r.shape[:2], device=r.device)
+    error = []
     for i, (teacher_layer, student_layer) in enumerate(zip(teacher.layers, student.layers)):
         with torch.no_grad():
             r_next, o_t, _ = teacher_layer(r, mask, e.rope)
@@ -184,12 +191,34 @@ def lockstep(teacher, student, replaced, e, mask, align="residual", feed="own", 
         if i in replaced or feed == "own":
             s_next, o_s, _ = student_layer(r if feed == "teacher" else s, mask, e.rope)
         if i in replaced:
-            error = error + (drift(s_next, r_next) if align == "residual" else drift(o_s, o_t))
+            error.append(drift(s_next, r_next) if align == "residual" else drift(o_s, o_t))
         if i == max(replaced):
-            return error
+            return torch.stack(error)
         if i < len(e.deepstack):
             r_next, s_next = r_next + e.deepstack[i], s_next + e.deepstack[i]
         r, s = r_next, s_next
+
+
+def fisher_scores(teacher, replaced, e, mask, labels):
+    """The empirical Fisher's diagonal, || d R_x / d r[l, p] ||^2 at S* (B.3), of all samples of a batch at once.
+
+    R_x is the teacher's negative log-likelihood of x's supervised tokens. -> (S, B, T) fp32; rows do not mix, for
+    the loss is a sum over samples. Weights are frozen: this is one backward pass through activations alone.
+    """
+    with torch.enable_grad():
+        r, streams = e.x.detach().requires_grad_(), []
+        for i, layer in enumerate(teacher.layers):
+            r = layer(r, mask, e.rope)[0]
+            if i in replaced:
+                streams.append(r)
+            if i < len(e.deepstack):
+                r = r + e.deepstack[i]
+        following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        rows = following != IGNORED
+        hidden = teacher.norm(r)[rows]
+        _, nll = kd_sums(hidden, hidden.detach(), following[rows], teacher.lm_head, teacher.lm_head)
+        gradients = torch.autograd.grad(nll, streams)
+    return torch.stack([g.float().square().sum(-1) for g in gradients])
 
 
 def kd_sums(student_hidden, teacher_hidden, target, student_head, teacher_head, chunk=512):
@@ -232,11 +261,12 @@ class Distillation:
                        if any(f"layers.{i}.self_attn." in n for i in self.replaced)}
         self.others = {n: p for n, p in student.named_parameters() if id(p) not in teacher_ids and n not in self.mixers}
         if self.cond.align and self.shares[0] and not any(map(self.is_new, self.mixers)):
-            raise ValueError("the mixer inherits all its parameters, so Stage 1 has nothing to train: give it no share, "
-                             "for instance --stages 0/40/60")
+            raise ValueError("the mixer inherits all its parameters, so Stage 1 has nothing to train: give it no "
+                             "share, for instance --stages 0/40/60")
         options = dict(density=dict(tau=s.tau, beta=s.beta, minmax=s.minmax), modality=dict(tau=s.tau, beta=s.beta),
                        topk=dict(k=s.k), random=dict(k=s.k, seed=s.seed))
         self.weigh = partial(WEIGHTS[self.cond.weight], **options.get(self.cond.weight, {}))
+        self.cache = None                                 # a density.DensityCache, set by main
 
     def parameters(self):
         return {**self.mixers, **self.others}
@@ -263,14 +293,23 @@ class Distillation:
             p.requires_grad_(stage == 3)
         return f"stage {stage}", progress if self.s.schedule == "whole" else within
 
-    def weights(self, batch, vision):
-        """w (B, T) of the condition, from the frozen tower's features."""
+    def weights(self, batch, vision, e):
+        """w of the condition: (B, T), or (S, B, T) where layers have their own."""
         c = self.student.config
         visual = (batch.ids == c.image_token_id) | (batch.ids == c.video_token_id)
-        rho = torch.zeros(0, device=batch.ids.device)
-        if vision is not None:
+        rho, options = torch.zeros(0, device=batch.ids.device), {}
+        if self.cond.weight == "fisher":
+            scores = fisher_scores(self.teacher, self.replaced, e, causal_mask_needed(batch.mask), batch.labels)
+            kept = dict(sum=scores.sum(0)[None], each=scores, middle=scores[len(scores) // 2][None])[self.cond.layers]
+            w = [self.weigh(layer[batch.mask], visual, batch.mask) for layer in kept]
+            return w[0] if len(w) == 1 else torch.stack(w)
+        if self.cache and vision is not None:             # the tower's density of another day
+            found = [self.cache.record(*key) if key[2] is not None else None for key in batch.keys]
+            rho = torch.cat([f.values for f in found if f]).to(rho.device)
+            options = dict(means=torch.tensor([f.mean if f else 0.0 for f in found], device=rho.device))
+        elif vision is not None:
             rho = image_densities(vision.patches, batch.grids, c.vision.spatial_merge_size)
-        return self.weigh(rho, visual, batch.mask, batch.names)
+        return self.weigh(rho, visual, batch.mask, batch.names, **options)
 
     def loss(self, batch, label):
         """One micro-batch -> loss sum (to be divided by the count), count, other sums for the log."""
@@ -280,11 +319,11 @@ class Distillation:
             return self.kd(batch, vision)
         with torch.no_grad():
             e = self.teacher.embed(batch.ids, batch.mask, None, batch.grids, vision)
-            w = self.weights(batch, vision)                                             # (B, T)
+            w = self.weights(batch, vision, e)                                          # (B, T)
         error = lockstep(self.teacher, self.student, self.replaced, e, causal_mask_needed(batch.mask),
-                         self.cond.align, self.s.feed) / len(self.replaced)             # (B, T)
+                         self.cond.align, self.s.feed) / len(self.replaced)             # (S, B, T)
         loss = (w * error).sum()                          # Eq. 4 / Eq. 5: all that C3 and C4 differ in
-        plain = (error.detach() * batch.mask)[batch.mask]
+        plain = error.detach().sum(0)[batch.mask]
         top = plain.topk(max(1, len(plain) // 100)).values.sum()        # ledger 15: a few huge positions?
         return loss, int(batch.mask.sum()), dict(drift=plain.sum(), drift_top1=top)
 
@@ -365,11 +404,13 @@ def shard(ranks, *models):
     from torch.distributed.fsdp import fully_shard
     if ranks.world == 1:
         return
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")               # the state, unused in training
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     layers = [layer for model in models for layer in model.layers]
     for unit in dict.fromkeys(part for layer in layers for part in (layer.self_attn, layer.mlp)):
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
-        getattr(unit, "set_gradient_divide_factor", unit.set_reduce_scatter_divide_factor)(1.0)
+        unit.set_reduce_scatter_divide_factor(1.0)        # a sum; newer versions can also do it as one on CPUs
+        getattr(unit, "set_force_sum_reduction_for_comms", lambda on: None)(True)
 
 
 def apart(parameters):
@@ -661,8 +702,8 @@ def dry_run(s):
         objective.parameters().values(), teacher.parameters()))
     print(f"{s.teacher}: {frozen / 1e6:,.1f} M frozen parameters, {len(objective.replaced)} of {len(teacher.layers)} "
           "attention layers replaced")
-    trains = [f"Stage 1 trains {new / 1e6:,.1f} M parameters", f"Stage 2 {mixers / 1e6:,.1f} M"] * bool(objective.cond.align)
-    print(", ".join(trains + [f"Stage 3 {trained / 1e6:,.1f} M"]))
+    for stage, count in enumerate((new, mixers, trained) if objective.cond.align else (0, 0, trained), 1):
+        print(f"Stage {stage} trains {count / 1e6:,.1f} M parameters" if count else f"Stage {stage} is skipped")
     needs(s, s.teacher, dict(teacher.named_parameters()), objective.parameters())
 
 
@@ -705,11 +746,15 @@ def main(argv=None):
         if s.shard:
             shard(ranks, teacher, student)
         objective = Distillation(s, teacher, student)
+        if s.density_cache:
+            if objective.cond.weight != "density":
+                raise ValueError(f"--density-cache serves conditions with density weights, and {s.cond} has none")
+            objective.cache, processor.sha = DensityCache(s.density_cache, cache_key(teacher, processor)), image_sha
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     try:
         run(s, objective, processor, dataset, ranks)
-    except BadSample as error:
+    except (BadSample, CacheError) as error:
         sys.exit(str(error))
     if ranks.rank == 0:
         if s.shard:                                       # a checkpoint holds whole tensors: read the last one

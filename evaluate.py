@@ -8,7 +8,7 @@
 Prompts, answer lengths and metrics are those of lmms-eval 0.7.3 under its prompt key `qwen3_vl`. Where it has
 GPT judge (MMBench, MathVista), rules score here and the table says so; OCRBench v2 gets a score by type and a
 coverage instead of a headline. Where it draws a letter at random or takes the most similar choice, the answer
-is unparsed: wrong, and the rate is shown. Every reply is greedy (C.1) and kept with all that its metric needs.
+is unparsed: wrong, and the rate is shown. Every reply is greedy (C.1) and kept with what its metric needs.
 
 From top to bottom: metrics, (reply, row of the data set) -> Verdict; BENCHMARKS; reading; answering; the
 table with paired bootstrap intervals; the gallery (Fig. 6); the plugin for lmms-eval itself.
@@ -83,14 +83,15 @@ def relaxed(reply, row):
 
 
 # EvalAI's normaliser restores an apostrophe that was left out: "dont" -> "don't", "yall'll" -> "y'all'll".
-SHORT = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
-    haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've
+SHORT = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
+    he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've
     must've mustn't needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've
-    somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've
-    something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas
-    wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've
-    who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd
-    you'd've you'll you're you've 'ow's'at""".split()
+    somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd
+    something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll
+    they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd
+    where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
+    wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've 'ow's'at""".split()
 APOSTROPHES = {word[:i] + word[i + 1:]: word for word in SHORT for i, c in enumerate(word) if c == "'"}
 APOSTROPHES["somebody'd"] = "somebodyd"                    # the one entry that goes the other way
 DIGITS = dict(zip("none zero one two three four five six seven eight nine ten".split(),

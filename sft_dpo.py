@@ -11,13 +11,14 @@ Both phases are an objective for the loop of distill.py: what trains, and the lo
     SFT    - sum over answer tokens of log pi(token | all before it), over the number of such tokens
     DPO    - log sigmoid(beta ((pi_c - ref_c) - (pi_r - ref_r))), over the number of pairs
 
-    code       paper                                                             shape
-    pi_c, pi_r log pi_theta(answer | prompt) of the chosen, the rejected answer  (pairs,)
-    ref        the same by the SFT checkpoint: this model, its adapters off      (pairs,)
-    A, B       LoRA: the layer's W becomes W + (alpha / r) B A                   (r, in), (out, r)
+    code          paper                                                           shape
+    pi_c, pi_r    log pi_theta(answer | prompt), of chosen and rejected answers   (pairs,)
+    ref_c, ref_r  the same by the SFT checkpoint: this model, its adapters off    (pairs,)
+    A, B          LoRA: the layer's W becomes W + (alpha / r) B A                 (r, in), (out, r)
 
-What the paper calls the vision encoder is the ViT: patch embedding, positions and blocks (C.3 lists the projector
-apart from it). It never trains here; the mergers, Qwen3-VL's projector, do, unless --no-projector.
+What the paper calls the vision encoder is the ViT: patch embedding, positions and blocks (C.3 lists the
+projector apart from it). It never trains here; the mergers, Qwen3-VL's projector, do, unless --no-projector.
+Shape letters: B batch, T positions, D model width, V vocabulary, n supervised positions.
 """
 import math
 import os
@@ -47,13 +48,13 @@ from synthdoc import World
 class SFTSettings(Settings):
     model: str = setting("out/c4", "folder to start from: a distilled student, or a plain Qwen3-VL")
     out: str = setting("", "folder of the run; empty: out/<model>-sft")
-    tokens: Optional[int] = setting(None, "token budget; 0: one epoch, by the mean length of 500 samples", low=0)
+    tokens: Optional[int] = setting(None, "token budget; 0: one epoch, by the mean of 500 samples", low=0)
     warmup: float = setting(0.03, "share of the budget over which the learning rate rises", low=0, high=0.99)
-    floor: float = setting(0.0, "the cosine ends at this share of the peak; C.4 and C.5 name none", low=0, high=1)
+    floor: float = setting(0.0, "the cosine ends at this share of the peak; C.4 names none", low=0, high=1)
     cap: int = setting(8192, "tokens of a sample; text is cut, image tokens never are", low=1)
-    visual_tokens: int = setting(2500, "visual tokens of an image at most; larger images are scaled down", low=1)
-    projector: bool = setting(True, "the mergers train too; --no-projector freezes all of the vision tower")
-    questions: int = setting(256, "evaluation questions a suite at the end, on the embedded world; 0: none", low=0)
+    visual_tokens: int = setting(2500, "most visual tokens of an image; a larger one is scaled down", low=1)
+    projector: bool = setting(True, "the mergers train too; --no-projector freezes the whole tower")
+    questions: int = setting(256, "evaluation questions a suite at the end, embedded world; 0: none", low=0)
 
 
 @dataclass
@@ -61,8 +62,8 @@ class DPOSettings(SFTSettings):
     model: str = setting("out/c4-sft", "folder of the SFT model: where to start from, and the reference")
     out: str = setting("", "folder of the run; empty: out/<model, without -sft>-dpo")
     weight_decay: float = setting(0.0, "C.5", low=0)
-    cap: int = setting(4096, "tokens of chosen and rejected together, prompts included; each may have half", low=2)
-    visual_tokens: int = setting(1536, "visual tokens of an image at most: leaves text a quarter of half the cap", low=1)
+    cap: int = setting(4096, "tokens of chosen and rejected together, prompts included: half for each", low=2)
+    visual_tokens: int = setting(1536, "of an image; leaves text a quarter of half the cap", low=1)
     beta: float = setting(0.1, "how dearly departures from the reference are paid", low=0)
     rank: int = setting(32, "r of LoRA", low=1)
     alpha: float = setting(64.0, "the adapters' product is scaled by alpha / r")
@@ -87,8 +88,8 @@ DPO_DEFAULTS = {
 
 
 def token_logps(hidden, target, head, chunk=512):
-    """log p of each target: hidden (n, D), target (n,) -> (n,), in fp32 at least. The n x V logits never exist at
-    once: each chunk of rows is recomputed in the backward pass."""
+    """log p of each target: hidden (n, D), target (n,) -> (n,), in fp32 at least. The n x V logits never
+    exist at once: each chunk of rows is recomputed in the backward pass."""
     def piece(h, y):
         logits = head(h)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))            # (chunk, V)
@@ -100,15 +101,15 @@ def token_logps(hidden, target, head, chunk=512):
 
 def answer_logps(model, batch, vision=None):
     """log p of every supervised token of a batch, row by row -> (n,), and how many each row has (B,)."""
-    following = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)                       # label of the next token
+    following = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)                       # (B, T), next token's
     at = following != IGNORED                                                           # (B, T)
     hidden = model.hidden(batch.ids, batch.mask, None if vision else batch.pixels, batch.grids, vision)
     return token_logps(hidden[at], following[at], model.lm_head), at.sum(1)
 
 
 def dpo_loss(pi_c, pi_r, ref_c, ref_r, beta):
-    """Summed log-probabilities (pairs,) x 4 -> losses, rewards of chosen, rewards of rejected, each (pairs,)."""
-    chosen, rejected = beta * (pi_c - ref_c), beta * (pi_r - ref_r)      # the implicit rewards, up to a constant
+    """Summed log-probabilities, four of (pairs,) -> losses, rewards of chosen, of rejected, each (pairs,)."""
+    chosen, rejected = beta * (pi_c - ref_c), beta * (pi_r - ref_r)       # implicit rewards, up to a constant
     return -F.logsigmoid(chosen - rejected), chosen.detach(), rejected.detach()
 
 
@@ -137,14 +138,14 @@ class LoRA(nn.Module):
 
     @torch.no_grad()
     def merged(self):
-        """The plain layer again. The sum is taken in fp32 and rounded once: in bf16, W swallows small updates."""
+        """The plain layer again. Summed in fp32 and rounded once: in bf16, W swallows small updates."""
         delta = self.scale * (self.B @ self.A)                                          # (out, in)
         self.base.weight.copy_(self.base.weight.to(delta.dtype) + delta)
         return self.base
 
 
 def in_vision_encoder(name, projector):
-    """Whether a parameter or module belongs to what stays frozen. The mergers count only without `projector`."""
+    """Whether a parameter or module is of what stays frozen. The mergers are only without `projector`."""
     return name.startswith("model.visual") and not (projector and "merger" in name)
 
 
@@ -156,9 +157,9 @@ def exchange(model, chosen, make):
 
 
 def add_adapters(model, s):
-    """LoRA on every linear layer outside the vision encoder: attention, mixers, MLPs, mergers. Not on the head,
-    which may be the embedding table as well; nor on convolutions, norms and decay rates, which are no linear layers.
-    A mixer must call its projections as modules: one that reads `proj.weight` finds none."""
+    """LoRA on every linear layer outside the vision encoder: attention, mixers, MLPs, mergers. Not on the
+    head, which may be the embedding table as well; nor on convolutions, norms and decay rates, which are no
+    linear layers. A mixer must call its projections as modules: one that reads `proj.weight` finds none."""
     generator = torch.Generator().manual_seed(s.seed)
     exchange(model, lambda name, m: isinstance(m, nn.Linear) and name != "lm_head"
              and not in_vision_encoder(name, s.projector),
@@ -189,8 +190,8 @@ def adapters_off(model):
 
 
 class SFT:
-    """Everything but the vision encoder trains, as fp32 masters. Rows of a batch are samples of their own, padded on
-    the right: no attention and no state passes from one to another."""
+    """Everything but the vision encoder trains, as fp32 masters. Rows of a batch are samples of their own,
+    padded on the right: no attention and no state passes from one to another."""
 
     def __init__(self, s, model):
         self.s, self.model = s, model
@@ -237,7 +238,7 @@ class DPO:
     def loss(self, batch, label):
         vision = None
         if batch.pixels is not None and not self.s.projector:
-            vision = self.model.visual(batch.pixels, batch.grids)         # nothing in it differs: once for both
+            vision = self.model.visual(batch.pixels, batch.grids)         # all frozen: once for both
         with torch.no_grad(), adapters_off(self.model):
             ref = self.summed(batch, vision)                                            # (pairs, 2)
         pi = self.summed(batch, vision)
@@ -261,7 +262,7 @@ class Phase(NamedTuple):
     settings: type
     defaults: dict
     objective: type
-    seed: int                                             # of its pages in the embedded world, which are all new
+    seed: int                                             # of its pages in the embedded world: all are new
 
 
 PHASES = {"sft": Phase(SFTSettings, SFT_DEFAULTS, SFT, 1000),
@@ -272,8 +273,8 @@ PHASES = {"sft": Phase(SFTSettings, SFT_DEFAULTS, SFT, 1000),
 
 
 class Suited:
-    """A data set of which a phase takes what is meant for it: DPO pairs, SFT all else. Anything else is refused; in
-    the embedded world running text, which answers no question, is left out instead."""
+    """A data set of which a phase takes what is meant for it: DPO pairs, SFT all else. The rest is refused;
+    the embedded world's running text, which answers no question, is left out without complaint."""
 
     def __init__(self, data, pairs, embedded):
         self.data, self.pairs, self.embedded = data, pairs, embedded
@@ -292,7 +293,7 @@ class Suited:
         if self.embedded and sample.messages[0]["role"] == "document":
             raise NoPreference(f"{sample.id} is running text")
         if (sample.chosen is not None) != self.pairs:
-            what = "has no chosen and rejected answer" if self.pairs else "is a preference pair, which SFT has no use for"
+            what = "has no chosen and rejected answer" if self.pairs else "is a preference pair, not for SFT"
             raise BadSample(f"{sample.where or sample.id} {what}.")
         return sample
 
@@ -304,7 +305,7 @@ def dataset_of(s, phase):
 
 
 def one_epoch(data, processor, probes=500):
-    """About how many tokens the data set has, from evenly spaced samples. Raises BadSample if none is usable."""
+    """About how many tokens a data set has, by evenly spaced samples. Raises BadSample if none is usable."""
     lengths, complaint = [], None
     for i in sorted({k * len(data) // probes for k in range(probes)}):
         try:
@@ -340,7 +341,7 @@ def train(s, phase, ranks):
     run(s, objective, processor, data, ranks, betas=(0.9, 0.999))
     if ranks.rank > 0:
         return None
-    if s.shard:                                           # a checkpoint holds whole tensors: read the last one
+    if s.shard:                                           # checkpoints hold whole tensors: read the last
         objective = prepared(s, phase, ranks.device)[0]
         run(s, objective, processor, data, Ranks(0, 1, ranks.device))
     return objective.result()
@@ -356,7 +357,8 @@ def finish(s, model):
     if s.questions and not s.data:
         kind = model.lm_head.weight
         models = {Path(s.model).name: s.model, out.name: model}
-        results = evaluate_models(models, full_processor(s.model), s.questions, device=kind.device, dtype=kind.dtype)
+        results = evaluate_models(models, full_processor(s.model), s.questions, device=kind.device,
+                                  dtype=kind.dtype)
         (out / "table.md").write_text(table(results) + "\n")
         print(f"\n{table(results)}\n")
 
@@ -379,7 +381,7 @@ def dry_run(s, phase):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] not in PHASES:
-        sys.exit(f"usage: sft_dpo.py {'|'.join(PHASES)} --model FOLDER; sft_dpo.py sft --help lists all settings")
+        sys.exit(f"usage: sft_dpo.py {'|'.join(PHASES)} --model FOLDER (sft_dpo.py sft --help: all settings)")
     phase = PHASES[argv[0]]
     s = parse(phase.settings, phase.defaults, argv[1:], __doc__.split("\n")[0])
     s.out = s.out or f"out/{Path(s.model).name.removesuffix('-sft')}-{argv[0]}"

@@ -350,6 +350,9 @@ class World:
     def __getitem__(self, index):
         if not 0 <= index < self.length:
             raise IndexError(index)
+        return drawn(self, index)
+
+    def sample(self, index):
         rng = self.rng(index)
         family, name = self.family(rng, index), f"{self.split}-{self.seed}-{index}"
         if family == "text":
@@ -367,6 +370,11 @@ class World:
             sample.chosen = [{"type": "text", "text": answer}]
             sample.rejected = [{"type": "text", "text": near_miss(rng, answer)}]
         return sample
+
+
+@lru_cache(maxsize=256)                                   # a plan measures a sample shortly before it is loaded
+def drawn(world, index):
+    return world.sample(index)
 
 
 def contact_sheet(path, seed=0):

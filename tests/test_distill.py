@@ -1,5 +1,5 @@
-"""distill.py against independent computations: the losses by hooks and numpy, a step by other numbers of processes, a
-run by the same run killed. Run: pytest tests/test_distill.py"""
+"""distill.py against independent computations: the losses by hooks and numpy, a step by another number of
+processes, a run that is killed by one that is not. Run: pytest tests/test_distill.py"""
 import json
 import multiprocessing
 import os
@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import time
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -27,8 +28,8 @@ from model import Config, Qwen3VL, TextConfig, VisionConfig, causal_mask_needed
 from synthdoc import World
 
 ROOT = Path(distill.__file__).parent
-SPECIAL = [f"<|{name}|>" for name in ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad",
-                                      "video_pad")]
+SPECIAL = [f"<|{name}|>" for name in
+           ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")]
 NEW = {"conv", "dt_proj.weight", "dt_proj.bias", "A_log", "D", "gate_proj.weight", "gate_proj.bias", "out_norm"}
 SMALL = partial(World, cells=(3, 7), questions=1)         # pages of 21 visual tokens
 
@@ -45,10 +46,11 @@ def teacher(tmp_path_factory):
     tokenizer.save(str(folder / "tokenizer.json"))
     at = {token: len(letters) + i for i, token in enumerate(SPECIAL)}
     config = Config(
-        text=TextConfig(vocab_size=len(letters) + len(SPECIAL), hidden_size=32, intermediate_size=48, num_hidden_layers=4,
-                        num_attention_heads=2, num_key_value_heads=1, head_dim=16, rope_theta=1e3, mrope_section=[4, 2, 2]),
-        vision=VisionConfig(depth=2, hidden_size=24, intermediate_size=32, num_heads=2, patch_size=8, out_hidden_size=32,
-                            num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
+        text=TextConfig(vocab_size=len(letters) + len(SPECIAL), hidden_size=32, intermediate_size=48,
+                        num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+                        rope_theta=1e3, mrope_section=[4, 2, 2]),
+        vision=VisionConfig(depth=2, hidden_size=24, intermediate_size=32, num_heads=2, patch_size=8,
+                            out_hidden_size=32, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
         image_token_id=at["<|image_pad|>"], video_token_id=at["<|video_pad|>"], tie_word_embeddings=True,
         vision_start_token_id=at["<|vision_start|>"], vision_end_token_id=at["<|vision_end|>"],
         eos_token_id=[at["<|im_end|>"]])
@@ -72,7 +74,8 @@ def settings(folder, out, **changes):
 
 def load(teacher, tmp_path, **changes):
     """-> settings, teacher, student and processor as distill.py builds them, in float64."""
-    s = distill.parse(distill.DistillSettings, distill.DEFAULTS, settings(teacher, tmp_path, dtype="float64", **changes))
+    argv = settings(teacher, tmp_path, dtype="float64", **changes)
+    s = distill.parse(distill.DistillSettings, distill.DEFAULTS, argv)
     return s, *distill.build(s, torch.device("cpu"))
 
 
@@ -177,9 +180,9 @@ def test_alignment_is_the_sum_over_hooked_streams(teacher, tmp_path, cond, feed)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6 if cond == "c4" else 1e-12)
     assert terms["drift"].item() == pytest.approx((batch.mask * sum(errors)).sum().item() / 2, rel=1e-12)
     names = list(objective.mixers)
-    for name, a, b in zip(names, *(torch.autograd.grad(x, list(objective.mixers.values()), retain_graph=True)
-                                   for x in (loss, expected))):
-        torch.testing.assert_close(a, b, rtol=1e-5 if cond == "c4" else 1e-9, atol=1e-6 * b.abs().max().item(), msg=name)
+    grads = (torch.autograd.grad(x, list(objective.mixers.values()), retain_graph=True) for x in (loss, expected))
+    for name, a, b in zip(names, *grads):
+        assert (a - b).abs().max() <= (1e-6 if cond == "c4" else 1e-9) * b.abs().max(), name
 
 
 def test_padding_adds_nothing(teacher, tmp_path):
@@ -320,7 +323,8 @@ def test_schedule_and_decay_follow_the_recipe(teacher, tmp_path):
     s, f, g, _ = load(teacher, tmp_path, tokens=1000, batch_tokens=1)
     rates = [distill.learning_rate(s, t / 1000) for t in (0, 5, 10, 505, 1000)]
     assert rates == pytest.approx([0, 0.5e-3, 1e-3, 0.55e-3, 1e-4])                     # 1 % warm-up, cosine to 10 %
-    decay = {id(p): group["weight_decay"] for group in distill.groups(list(g.parameters()), 0.01) for p in group["params"]}
+    groups = distill.groups(list(g.parameters()), 0.01)
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     vectors = ("norm.weight", "norm", "bias", "A_log", "self_attn.D")
     for name, p in g.named_parameters():
         if "layers.0.self_attn" in name:
@@ -495,8 +499,9 @@ def test_other_settings_do_not_go_on_with_a_run(teacher, tmp_path, monkeypatch):
 def documents(folder, count=6, bad=None):
     """A JSONL file of short texts doc-1 ..., and one picture; `bad`, a line or a sample, stands on line 4."""
     World("train", 0, "sign")[0].images[0].save(folder / "good.png")
-    lines = [json.dumps(dict(id=f"doc-{i}", messages=[dict(role="document", content=[dict(type="text", text="word " * (9 + i))])]))
-             for i in range(1, count + 1)]
+    parts = [[dict(type="text", text="word " * (9 + i))] for i in range(1, count + 1)]
+    lines = [json.dumps(dict(id=f"doc-{i}", messages=[dict(role="document", content=part)]))
+             for i, part in enumerate(parts, 1)]
     if bad is not None:
         lines[3] = bad if isinstance(bad, str) else json.dumps(bad)
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
@@ -525,7 +530,6 @@ def broken(folder, kind):
     elif kind == "bomb":
         header = bytearray((folder / "good.png").read_bytes()[:64])
         header[16:24] = (60_000).to_bytes(4, "big") * 2                                 # IHDR's width and height
-        import zlib
         header[29:33] = zlib.crc32(bytes(header[12:29])).to_bytes(4, "big")
         image.write_bytes(bytes(header))
     return dict(images=[image.name], messages=[
@@ -547,16 +551,16 @@ def test_a_bad_sample_is_one_sentence_with_file_and_line(teacher, tmp_path, monk
     train(settings(teacher, tmp_path / "skips", skip_bad=True, **argv), monkeypatch)
     said = capsys.readouterr().out
     bad, seen = map(int, re.search(r"(\d+) of (\d+) samples could not be used", said).groups())
-    assert bad == (seen + 2) // 6 or bad == (seen + 5) // 6 or abs(seen / 6 - bad) <= 1
+    assert bad >= 2 and abs(bad - seen / 6) < 1
     assert "train.jsonl line 4" in said and log(tmp_path / "skips")[-1]["tokens"] >= 2000
 
 
 @pytest.mark.parametrize("flags, says", [
-    (dict(stages="10/30"), "--stages 10/30"), (dict(stages="10/30/70"), "sum to 100"), (dict(stages="-10/50/60"), "--stages"),
-    (dict(stages="nan/30/60"), "--stages"), (dict(tokens=200), "--tokens 200 is less than the 300"), (dict(k=101), "--k 101"),
-    (dict(tau=0), "--tau 0"), (dict(save_every=0), "--save-every 0"), (dict(keep_every=1), "--keep-every 1"),
-    (dict(keep_every=9), "keep_every 9"), (dict(cond="c9"), 2), (dict(mixer="nothing"), "no mixer 'nothing'"),
-    (dict(teacher="nowhere"), "nowhere"), (dict(data="nowhere.jsonl"), "nowhere.jsonl")])
+    (dict(stages="10/30"), "--stages 10/30"), (dict(stages="10/30/70"), "sum to 100"),
+    (dict(stages="nan/30/60"), "--stages"), (dict(stages="-10/50/60"), "--stages"), (dict(tokens=200), "--tokens 200 is less than the 300"),
+    (dict(k=101), "--k 101"), (dict(tau=0), "--tau 0"), (dict(save_every=0), "--save-every 0"), (dict(cond="c9"), 2),
+    (dict(keep_every=1), "--keep-every 1"), (dict(keep_every=9), "keep_every 9"),
+    (dict(mixer="none"), "no mixer 'none'"), (dict(teacher="nowhere"), "nowhere"), (dict(data="nowhere.jsonl"), "nowhere.jsonl")])
 def test_wrong_settings_are_refused_before_anything_runs(teacher, tmp_path, monkeypatch, flags, says):
     with pytest.raises(SystemExit) as stop:
         train(settings(teacher, tmp_path / "out", **flags), monkeypatch)
@@ -581,8 +585,8 @@ def test_help_and_dry_run_need_no_weights(teacher, tmp_path, capsys):
         new = sum(c for n, c in mixers.items() if n.split("self_attn.")[1] in NEW)
         last = sum(mixers.values()) if stage3 == "mixers" else \
             sum(p.numel() for n, p in g.named_parameters() if ".visual." not in n)
-        wanted = [f"{x / 1e6:,.1f} M" for x in (sum(p.numel() for p in f.parameters()), new, sum(mixers.values()), last)]
-        assert re.findall(r"[\d,.]+ M\b", said) == wanted
+        counts = [sum(p.numel() for p in f.parameters()), new, sum(mixers.values()), last]
+        assert re.findall(r"[\d,.]+ M\b", said) == [f"{count / 1e6:,.1f} M" for count in counts]
         assert said.strip().splitlines()[-1] == ("missing: tokenizer.json, preprocessor_config.json, missing file "
                                                  f"model.safetensors, {tmp_path}/no.jsonl")
     assert not (tmp_path / "out").exists()

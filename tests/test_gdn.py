@@ -27,7 +27,7 @@ def inputs(b=2, T=37, H=6, G=2, P=5, N=7, dtype=torch.float64):
 
 
 def naive(q, k, v, log_a, beta, state, mask=None):
-    """S_t = a_t S_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T, each row walking over its real positions only."""
+    """S_t = a_t S_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T, each row over its real positions only."""
     b, T, H, N = q.shape
     group = torch.arange(H) // (H // k.shape[2])
     y, eye, final = torch.zeros(b, T, *state.shape[1:3], dtype=v.dtype), torch.eye(N, dtype=v.dtype), []
@@ -50,14 +50,14 @@ def relative(a, b):
 
 
 def transformers(name):
-    """One of transformers' PyTorch functions, without the wrapper that may put a fused kernel in its place."""
+    """One of transformers' PyTorch functions, without the wrapper that may call a fused kernel."""
     where = "transformers.models.qwen3_next.modeling_qwen3_next"
     f = getattr(pytest.importorskip(where, reason="needs transformers"), name)
     return getattr(f, "__wrapped__", f)
 
 
 def padding(kind, T):
-    """Two rows: a whole one and one with its last (right) or first (left) positions padded, or nothing but."""
+    """Two rows: a whole one, and one with its last (right), first (left) or all positions padded."""
     mask = torch.ones(2, T, dtype=torch.bool)
     mask[1, {"left": slice(0, T // 3), "right": slice(T - T // 3, T), "all": slice(0, T)}[kind]] = False
     return mask
@@ -160,7 +160,8 @@ def attention(H=4, G=2, P=8, D=24, seed=0):
 
 def mixer(init="default", seed=0, **kwargs):
     """A mixer whose every new parameter is far from any start, so that none can hide a fault."""
-    m = GatedDeltaNet.from_attention(attention(seed=seed, **kwargs), init, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    m = GatedDeltaNet.from_attention(attention(seed=seed, **kwargs), init, generator)
     for i, (name, p) in enumerate(m.named_parameters()):
         if name.split(".")[0] not in m.INHERITED:
             p.data += 0.3 * rand(*p.shape, seed=50 + i)
@@ -195,7 +196,7 @@ def test_weight_transfer_gives_the_delta_rule_head_by_head(H, G):
             size = layer.v_proj.weight[g * P:(g + 1) * P].pow(2).sum().div(P).sqrt()
             per_head.append(0.5 * size * norm(torch.stack(ys, 1), 1.0))
         expected = torch.cat(per_head, -1) @ layer.o_proj.weight.T
-        assert relative(m(x)[0], expected) < 1e-6                       # the start of out_norm is drawn up in fp32
+        assert relative(m(x)[0], expected) < 1e-6                 # the start of out_norm is computed in fp32
 
 
 @pytest.mark.parametrize("kind", [None, "left", "right"])
@@ -296,7 +297,7 @@ def transformers_kernels():
 
 
 def fla_kernels():
-    """The naive functions that flash-linear-attention itself is tested against (importing them needs triton)."""
+    """The naive functions that flash-linear-attention tests itself against (their import needs triton)."""
     for name in ("triton", "fla"):
         pytest.importorskip(name, reason=f"{name} is not installed", exc_type=ImportError)
     naive = importlib.import_module("fla.ops.gated_delta_rule.naive")
@@ -305,7 +306,7 @@ def fla_kernels():
 
 @pytest.mark.parametrize("kernels", [transformers_kernels, fla_kernels])
 def test_kernels_get_the_arguments_they_expect(kernels, monkeypatch):
-    """With `kernel` answering as on a GPU, whole sequences and single steps give what the PyTorch path gives."""
+    """With `kernel` answering as on a GPU, sequences and single steps give what the PyTorch path gives."""
     chunked, recurrent = kernels()
     a, mask, calls = inputs(T=130, dtype=torch.float32), padding("right", 130), []
     one = {k: v if k == "state" else v[:, :1] for k, v in a.items()}

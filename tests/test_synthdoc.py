@@ -164,7 +164,8 @@ def test_a_near_miss_differs_in_one_place():
             assert len(sample.messages) == 1
             right, wrong = sample.chosen[0]["text"], sample.rejected[0]["text"]
             for miss in (wrong, near_miss(rng, right)):
-                closed = [words for words in (SHAPES, list(COLOURS), ["left", "right"], ["above", "below"]) if right in words]
+                sets = SHAPES, list(COLOURS), ["left", "right"], ["above", "below"]
+                closed = [words for words in sets if right in words]
                 if closed:
                     assert miss in closed[0] and miss != right
                 else:

@@ -1,6 +1,6 @@
 """How the embedded teacher was made: a Qwen3-VL of 2.8 M parameters that reads the pages of synthdoc.py.
 
-    python tiny/make_teacher.py --out tiny --minutes 100          # the log of the run is tiny/make_teacher.log
+    torchrun --nproc-per-node 2 tiny/make_teacher.py --out tiny       # the log of the run is tiny/make_teacher.log
 
 It is exactly Qwen3-VL's architecture (DeepStack, merger, interleaved MRoPE, QK-norm) in small numbers, with its own
 byte-level BPE tokenizer that has Qwen's special tokens and template. Training everything at once from nothing does
@@ -27,6 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -128,7 +129,7 @@ class Lessons(World):
                     lambda: self.page(rng, "receipt" if family == "text" else family)][rng.choice(3, p=[.5, .2, .3])]()
             page.questions = [("", "")]
         elif family == "text":
-            return super().__getitem__(index), None
+            return self.sample(index), None
         elif rng.random() < 0.2:
             page = drill(rng, self.cells, False)
         else:
@@ -250,8 +251,14 @@ def main():
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     torch.manual_seed(a.seed)
-    out = Path(a.out)
-    config = write_folder(out)
+    out, rank, world = Path(a.out), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("gloo")
+    if rank == 0:
+        config = write_folder(out)
+    if world > 1:
+        dist.barrier()
+    config = Config.from_folder(out)
     processor, model, heads = Processor(out), Qwen3VL(config), Heads(config)
     initialise(model)
     model.folder = out
@@ -265,16 +272,15 @@ def main():
         [o.load_state_dict(s) for o, s in zip(opts, stored["opts"])]
         state = stored["state"]
     log = open(out / "make_teacher.log", "a")
-    began, saved, recent = time.time() - state["spent"], time.time(), []
+    clock, saved, recent = time.time(), time.time(), []
     eyes, loader = None, None
     while True:
-        spent = time.time() - began
-        done = spent / 60 / a.minutes
+        done = state["spent"] / 60 / a.minutes
         if done >= 1:
             break
         if (done < a.eyes) != eyes:                       # a lesson begins
             eyes = done < a.eyes
-            loader = iter(torch.utils.data.DataLoader(Batches(processor, state["step"], a.batch, a.seed, eyes),
+            loader = iter(torch.utils.data.DataLoader(Batches(processor, state["step"], a.batch, a.seed + 1000 * rank, eyes),
                                                       batch_size=None))
         step, batch, names = next(loader)
         here = done / a.eyes if eyes else (done - a.eyes) / (1 - a.eyes)
@@ -297,25 +303,45 @@ def main():
             loss = loss + F.cross_entropy(logits, target)
             exact = (logits.argmax(-1) == target).float().mean()
         loss.backward()
+        now = time.time()
+        spent = share([*model.parameters(), *heads.parameters()], now - clock, world)
+        clock = now
         norm = nn.utils.clip_grad_norm_([*model.parameters(), *heads.parameters()], 1.0)
         for o in opts:
             o.step()
             o.zero_grad(set_to_none=True)
-        state = dict(step=step + 1, spent=time.time() - began)
+        state = dict(step=step + 1, spent=state["spent"] + spent)
         recent.append((loss.item(), right.item(), exact.item()))
-        if step % 10 == 9:
+        if step % 50 == 49 and rank == 0:
             mean = [sum(c) / len(recent) for c in zip(*recent)]
-            line = dict(step=step + 1, samples=(step + 1) * a.batch, minutes=round(state["spent"] / 60, 2),
+            line = dict(step=step + 1, batch=a.batch * world, minutes=round(state["spent"] / 60, 2),
                         lesson="eyes" if eyes else "pages", loss=round(mean[0], 4), patches_named=round(mean[1], 4),
                         tokens_right=round(mean[2], 4), grad_norm=round(norm.item(), 2))
             print(json.dumps(line), flush=True)
             log.write(json.dumps(line) + "\n")
             log.flush()
             recent = []
-        if time.time() - saved > 120:
+        if time.time() - saved > 120 and rank == 0:
             save(out, model, heads, opts, state)
             saved = time.time()
-    save(out, model, heads, opts, state)
+    if rank == 0:
+        save(out, model, heads, opts, state)
+
+
+def share(parameters, seconds, world):
+    """Means over the processes of all gradients (in place) and of the seconds, so that schedules agree."""
+    if world == 1:
+        return seconds
+    parameters = [p for p in parameters if p.requires_grad]     # resting ones stay without: Muon would move them
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    flat = torch.cat([p.grad.flatten() for p in parameters] + [torch.tensor([seconds])])
+    dist.all_reduce(flat)
+    flat /= world
+    for p, g in zip(parameters, flat.split([p.numel() for p in parameters] + [1])):
+        p.grad.copy_(g.view_as(p))
+    return flat[-1].item()
 
 
 def save(out, model, heads, opts, state):
