@@ -132,7 +132,7 @@ class DistillSettings(Settings):
 
 
 DEFAULTS = {                    # embedded world, real data (Table 11)
-    "tokens":       (1_000_000,         2_000_000_000),
+    "tokens":       (600_000,           2_000_000_000),
     "batch_tokens": (5_000,             2_000_000),
     "micro_tokens": (5_000,             16_384),
     "lr":           (1e-3,              1e-4),

@@ -194,7 +194,8 @@ class Depthwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, weight):
         ctx.save_for_backward(u, weight)
-        return depthwise(u, weight)
+        with torch.autocast(u.device.type, enabled=False):    # the backward pass has u's dtype, so this must too
+            return depthwise(u, weight)
 
     @staticmethod
     @once_differentiable
@@ -213,7 +214,7 @@ def causal_conv(u, weight, mask=None, memory=None):
     right after the memory, and its last real one ends the new memory; a row of padding leaves it unchanged.
     """
     b, T, E = u.shape
-    before = weight.shape[1] - 1
+    weight, before = weight.to(u.dtype), weight.shape[1] - 1                            # masters may be fp32
     if mask is None:
         u = F.pad(u, (0, 0, before, 0)) if memory is None else torch.cat([memory, u], dim=1)
         memory = u[:, T:]                                                               # (B, W-1, E)

@@ -23,7 +23,7 @@ import numpy as np
 
 from synthdoc import SUITES
 
-TOKENS, QUESTIONS = 300_000, 500                          # of every run; a suite
+TOKENS, QUESTIONS = 400_000, 500                          # of every run; a suite
 HERE = Path(__file__).parent
 
 # name: (flags beside --cond, what it stands beside in the paper)

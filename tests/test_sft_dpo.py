@@ -427,8 +427,8 @@ def test_two_processes_whole_or_sharded_do_what_one_does(folder, tmp_path):
         if name != "dpo-shard":
             assert_close(one[name.split("-")[0]], state(tmp_path / name)["parameters"])
     pairs = [[json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in ("one-dpo", "dpo-shard")]
-    for a, b in zip(*pairs, strict=True):                  # in float32, where sums of gradients take another path
-        assert a == pytest.approx(b | {"stage": "dpo"}, rel=1e-3, abs=1e-6)
+    for a, b in zip(*pairs, strict=True):                  # in float32, where shards are summed in another way
+        assert a.pop("stage") == b.pop("stage") and a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
 
 # -- samples, and the command ------------------------------------------------------------------------------
