@@ -1,6 +1,6 @@
 """Phase 1 of HEED: a Qwen3-VL teacher becomes a 3:1 Mamba-2/attention hybrid (Sect. 4, App. B.1, C.3).
 
-    torchrun distill.py --cond c4                                   # the embedded world, about ten minutes on two cores
+    torchrun distill.py --cond c4                                   # the embedded world, some minutes on two cores
     torchrun --nproc-per-node 8 distill.py --cond c4 --teacher Qwen3-VL-8B-Instruct --data mix.json
     python distill.py --cond c4 --teacher Qwen3-VL-8B-Instruct --data mix.json --dry-run
     python distill.py --help                                        # every setting, with its reason

@@ -1,4 +1,4 @@
-"""How the embedded teacher was made: a Qwen3-VL of 2.8 M parameters that reads the pages of synthdoc.py.
+"""How the embedded teacher was made: a Qwen3-VL of 2.9 M parameters that reads the pages of synthdoc.py.
 
     torchrun --nproc-per-node 2 tiny/make_teacher.py --out tiny       # the log of the run is tiny/make_teacher.log
 
@@ -12,6 +12,9 @@ So there are two lessons:
             crowded with random characters, for sparse pages hold little to name
     pages   the decoder and the mergers answer questions, several on each page, and copy out what is written,
             which supervises every character on it; the tower itself rests, and joins in again for the last fifth
+
+The log is of one run of 91 minutes whose batches changed on the way: one process with 48 pages, from step 1,060 with 24
+to 40, from step 1,480 two processes with 32 each; it shared its two cores with other work.
 
 Pages vary in size, so that position table and rotary learn to interpolate. A run goes on from --out's train.pt when
 there is one. Evaluation pages (split "eval") and the handwritten digits held out for them are never drawn.
