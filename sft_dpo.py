@@ -21,7 +21,6 @@ projector apart from it). It never trains here; the mergers, Qwen3-VL's projecto
 Shape letters: B batch, T positions, D model width, V vocabulary, n supervised positions.
 """
 import math
-import os
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -371,7 +370,7 @@ def dry_run(s, phase):
     objective = phase.objective(s, model)
     named, trained = dict(model.named_parameters()), objective.parameters()
     frozen = {name: p for name, p in named.items() if name not in trained}
-    if not s.tokens and s.data:
+    if not s.tokens and Path(s.data).is_file() and (Path(s.model) / "tokenizer.json").is_file():
         s.tokens = one_epoch(dataset_of(s, phase), Processor(s.model, **phase.objective.caps(s)))
     print(f"{s.model}: {sum(p.numel() for p in frozen.values()) / 1e6:,.1f} M parameters stay frozen, "
           f"{sum(p.numel() for p in trained.values()) / 1e6:,.1f} M train")
@@ -387,10 +386,10 @@ def main(argv=None):
     s.out = s.out or f"out/{Path(s.model).name.removesuffix('-sft')}-{argv[0]}"
     if Path(s.out).resolve() == Path(s.model).resolve():
         sys.exit(f"--out {s.out} is the folder of --model: choose another")
-    if s.dry_run:
-        return dry_run(s, phase)
-    ranks = start(s)
     try:
+        if s.dry_run:
+            return dry_run(s, phase)
+        ranks = start(s)
         model = train(s, phase, ranks)
     except (BadSample, ValueError, OSError) as error:     # what the user can mend is said in one sentence
         sys.exit(str(error))

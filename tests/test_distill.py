@@ -22,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import density
 import distill
 from data import Processor, Sample, collate
 from model import Config, Qwen3VL, TextConfig, VisionConfig, causal_mask_needed
@@ -183,6 +184,48 @@ def test_alignment_is_the_sum_over_hooked_streams(teacher, tmp_path, cond, feed)
     grads = (torch.autograd.grad(x, list(objective.mixers.values()), retain_graph=True) for x in (loss, expected))
     for name, a, b in zip(names, *grads):
         assert (a - b).abs().max() <= (1e-6 if cond == "c4" else 1e-9) * b.abs().max(), name
+
+
+def test_fisher_scores_are_finite_differences_of_the_teachers_loss(teacher, tmp_path):
+    """B.3: nudge one entry of the stream after layer l at position p, and see the loss of the full logits move."""
+    _, f, _, processor = load(teacher, tmp_path, cond="c5")
+    batch, alone = three_rows(processor)
+    with torch.no_grad():
+        e = f.embed(batch.ids, batch.mask, batch.pixels, batch.grids)
+    scores = distill.fisher_scores(f, [0, 1, 2], e, None, batch.labels)                 # (S, B, T)
+
+    def loss(row, layer, p, nudge):
+        handle = f.layers[layer].register_forward_hook(
+            lambda m, a, out: (out[0].index_add(1, torch.tensor([p]), nudge[None, None]), *out[1:]))
+        with torch.no_grad():
+            logits = f(row.ids, None, row.pixels, row.grids)[0, :-1]
+        handle.remove()
+        return torch.nn.functional.cross_entropy(logits, row.labels[0, 1:], ignore_index=-100, reduction="sum")
+    for b, p in ((0, 7), (1, 30), (2, 3)):
+        for layer in (0, 2):
+            g = torch.stack([(loss(alone[b], layer, p, d) - loss(alone[b], layer, p, -d)) / 4e-3
+                             for d in 2e-3 * torch.eye(32, dtype=torch.double)])     # norms are fp32
+            assert scores[layer, b, p].item() == pytest.approx(g.square().sum().item(), rel=1e-2)
+
+
+def test_a_density_cache_gives_the_weights_of_the_live_tower_and_no_others(teacher, tmp_path):
+    s, f, g, processor = load(teacher, tmp_path, cond="c4")
+    objective = distill.Distillation(s, f, g)
+    samples = [World("train", 3, "receipt", cells=(3, 7))[i] for i in range(3)]
+    key = distill.cache_key(f, processor)
+    density.cache_corpus(tmp_path / "rho", samples, f, processor)
+    processor.sha = distill.image_sha
+    batch = collate([processor.encode(x) for x in samples], processor.pad_id)
+    with torch.no_grad():
+        vision = f.visual(batch.pixels, batch.grids)
+        live = objective.weights(batch, vision, None)
+        objective.cache = density.DensityCache(tmp_path / "rho", key)
+        kept = objective.weights(batch, vision, None)
+        assert not torch.equal(kept, live) and (kept / live - 1)[batch.mask].abs().max() < 0.155    # B.2's 4 bits
+        samples[1].images = samples[2].images
+        batch = collate([processor.encode(x) for x in samples], processor.pad_id)
+        with pytest.raises(density.CacheError, match="image's bytes"):
+            objective.weights(batch, f.visual(batch.pixels, batch.grids), None)
 
 
 def test_padding_adds_nothing(teacher, tmp_path):

@@ -225,8 +225,8 @@ def test_dpo_loss_is_the_closed_form():
 
 
 def test_dpo_agrees_with_trl_on_transformers_log_probabilities(folder, tmp_path):
-    """Loss and rewards of one batch; the oracle's log-probs come from two models in transformers, the merged and
-    the original one, so that this also covers adapters, reference, merging, saving, and what is an answer."""
+    """Loss and rewards of one batch; the oracle's log-probs come from two models in transformers, merged and
+    original, so that this also covers adapters, reference, merging, saving, and what is an answer."""
     trainer = pytest.importorskip("trl.trainer.dpo_trainer")
     import transformers
     made, batch, processor = objective("dpo", folder / "plain", dtype="float32", beta=0.3)
@@ -248,9 +248,9 @@ def test_dpo_agrees_with_trl_on_transformers_log_probabilities(folder, tmp_path)
     accelerator = SimpleNamespace(device="cpu", gather_for_metrics=lambda t: t, gather=lambda t: t)
     fake = SimpleNamespace(
         model=torch.nn.Module(), ref_model=lambda **k: original, accelerator=accelerator, _metrics=metrics,
-        beta=made.s.beta, loss_types=["sigmoid"], loss_weights=[1.0], f_divergence_type="reverse_kl", ld_alpha=None,
-        precompute_ref_logps=False, use_weighting=False, aux_loss_enabled=False, _total_train_tokens=0, _tp_size=1,
-        args=SimpleNamespace(gradient_checkpointing_kwargs=None))
+        beta=made.s.beta, loss_types=["sigmoid"], loss_weights=[1.0], f_divergence_type="reverse_kl",
+        ld_alpha=None, precompute_ref_logps=False, use_weighting=False, aux_loss_enabled=False,
+        _total_train_tokens=0, _tp_size=1, args=SimpleNamespace(gradient_checkpointing_kwargs=None))
     patch = pytest.MonkeyPatch()
     patch.setattr(trainer, "disable_gradient_checkpointing", lambda *a: contextlib.nullcontext())
     inputs = dict(input_ids=batch.ids[order], attention_mask=batch.mask[order].long(),
@@ -380,7 +380,8 @@ def test_rows_that_fail_leave_a_stand_in_that_adds_nothing(folder):
     for phase in ("sft", "dpo"):
         made, batch, processor = objective(phase, folder / "hybrid")
         pad = torch.tensor([[processor.pad_id]])
-        empty = replace(batch, ids=pad, mask=pad > 0, labels=torch.full((1, 1), -100), pixels=None, grids=None)
+        nothing = torch.full((1, 1), -100)
+        empty = replace(batch, ids=pad, mask=pad > 0, labels=nothing, pixels=None, grids=None)
         total, count, terms = made.loss(empty, phase)
         total.backward()
         assert total.item() == 0 and count == 0 and not any(terms.values())
@@ -429,15 +430,16 @@ def test_two_processes_whole_or_sharded_do_what_one_does(folder, tmp_path):
     env = os.environ | dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
                             PYTHONPATH=f"{here.parent}{os.pathsep}{here}", OMP_NUM_THREADS="1")
     run = [sys.executable, "-c", "import test_sft_dpo; test_sft_dpo.worker()", str(folder), str(tmp_path)]
-    processes = [subprocess.Popen(run, env=env | dict(RANK=r, LOCAL_RANK=r), stderr=subprocess.PIPE, text=True)
-                 for r in "01"]
+    processes = [subprocess.Popen(run, env=env | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE,
+                                  text=True) for r in "01"]
     errors = [p.communicate(timeout=500)[1] for p in processes]
     assert [p.returncode for p in processes] == [0, 0], errors[0][-3000:] + errors[1][-3000:]
     train("sft", replace(todo["sft-to-whole"][1], shard=False))
     for name in todo:
         if name != "dpo-shard":
             assert_close(one[name.split("-")[0]], state(tmp_path / name)["parameters"])
-    logs = [[json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in ("one-dpo", "dpo-shard")]
+    logs = [[json.loads(line) for line in open(tmp_path / name / "log.jsonl")]
+            for name in ("one-dpo", "dpo-shard")]
     for a, b in zip(*logs, strict=True):                   # in float32, where the order of sums shows
         assert a.pop("stage") == b.pop("stage") and a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
