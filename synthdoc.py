@@ -280,8 +280,8 @@ SENTENCES = ["{name} bought {item} and {item2} in {city} .", "the {sign} is near
 
 
 def plain_text(rng, sentences=6):
-    def one(words):
-        return str(rng.choice(words))
+    def one(words):                                       # rng.choice(words), but faster
+        return words[rng.integers(len(words))]
     lines = []
     for template in rng.choice(SENTENCES, sentences):
         lines.append(str(template).format(

@@ -501,27 +501,23 @@ def test_kill_9_at_any_instant_then_the_same_command_ends_with_the_same_bits(tea
     train(settings(teacher, whole, **changes), monkeypatch)
     rng, kills = np.random.default_rng(int.from_bytes(os.urandom(4), "little")), 0
 
-    def reached(share):                                   # a random instant in this share of the run
-        pause = rng.random() * 0.1
-        while not (out / "log.jsonl").exists() or len(log_lines(out)) < share * len(log_lines(whole)):
-            time.sleep(0.001)
-        time.sleep(pause)
+    def lines(folder):
+        return (folder / "log.jsonl").read_bytes().count(b"\n") if (folder / "log.jsonl").exists() else -1
+
+    def reached(share):                                   # a random instant after this share of the run
+        return lines(out) >= share * lines(whole) and rng.random() < 0.02
 
     def saving():
-        while not list(out.glob("step_*.tmp")):
-            pass
-    for wait in (partial(reached, 0), saving, partial(reached, 0.3), partial(reached, 0.6), saving):
+        return list(out.glob("step_*.tmp"))
+    for moment in (partial(reached, 0), saving, partial(reached, 0.3), partial(reached, 0.6), saving):
         process = begin(settings(teacher, out, **changes), out)[0]
-        wait()
-        os.kill(process.pid, signal.SIGKILL)
+        while process.is_alive() and not moment():
+            time.sleep(0.001)
+        process.kill()                                    # SIGKILL
         kills += ended([process]) == [-signal.SIGKILL]
     assert ended(begin(settings(teacher, out, **changes), out)) == [0]
     assert kills >= 4
     same_end(out, whole)
-
-
-def log_lines(out):
-    return (out / "log.jsonl").read_bytes().splitlines()
 
 
 def test_other_settings_do_not_go_on_with_a_run(teacher, tmp_path, monkeypatch):
