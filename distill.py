@@ -371,6 +371,7 @@ def start(s):
     device = torch.device(kind, int(env.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
+    s.dtype = s.dtype or str(precision(s, device)).removeprefix("torch.")               # also of what stays on the CPU
     ranks = Ranks(int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), device)
     if ranks.world > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
@@ -405,12 +406,14 @@ def shard(ranks, *models):
     if ranks.world == 1:
         return
     warnings.filterwarnings("ignore", message=".*returned a view tensor")               # the state, unused in training
-    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))                          # takes each part from the CPU
     layers = [layer for model in models for layer in model.layers]
     for unit in dict.fromkeys(part for layer in layers for part in (layer.self_attn, layer.mlp)):
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
         unit.set_reduce_scatter_divide_factor(1.0)        # a sum; newer versions can also do it as one on CPUs
         getattr(unit, "set_force_sum_reduction_for_comms", lambda on: None)(True)
+    for model in models:
+        model.to(ranks.device)
 
 
 def apart(parameters):
@@ -466,7 +469,7 @@ def load_checkpoint(out, s):
     """The state that `latest` names, or None. Exits when the folder holds a run with other settings."""
     if not (out / "latest").exists():
         return None
-    state = torch.load(out / (out / "latest").read_text() / "state.pt", map_location="cpu", weights_only=True)
+    state = torch.load(out / (out / "latest").read_text() / "state.pt", map_location="cpu", mmap=True, weights_only=True)
     free = {"out", "threads", "workers", "device", "dry_run", "save_every", "questions",
             "shard"}                                      # may change between
     theirs, ours = state["settings"], asdict(s)
@@ -556,7 +559,7 @@ def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
         with torch.no_grad():
             for name, p in named.items():
                 p.copy_(placed(state["parameters"][name], p))
-        for name, moments in state["optimiser"].items():
+        for name, moments in state["optimiser"].items() if state["tokens"] < s.tokens else ():
             optimiser.state[named[name]] = {k: placed(v, named[name]) for k, v in moments.items()}
         step, tokens, cursor, log_size, label = (state[k] for k in ("step", "tokens", "cursor", "log_size", "label"))
         vars(bad).update(state["bad"])
@@ -722,7 +725,8 @@ def needs(s, folder, frozen, trained):
     rows = dict(frozen=share(frozen) * width, trained=share(trained) * 16,        # master, gradient, two moments
                 activations=s.micro_tokens * L * row * width, head=3 * 512 * c.vocab_size * 4)
     GB = 2 ** 30
-    print(f"{s.tokens:,} tokens in about {math.ceil(s.tokens / s.batch_tokens):,} steps of {s.batch_tokens:,}")
+    print(f"{s.tokens:,} tokens in about {math.ceil(s.tokens / s.batch_tokens):,} steps of {s.batch_tokens:,}"
+          if s.tokens else f"one epoch in steps of {s.batch_tokens:,} tokens; how many, the data will tell")
     print(f"each device needs about {sum(rows.values()) / GB:,.2f} GB: "
           + ", ".join(f"{k} {v / GB:,.2f}" for k, v in rows.items()))
     missing = [f for f in ("config.json", "tokenizer.json", "preprocessor_config.json") if not (folder / f).is_file()]
@@ -742,7 +746,7 @@ def main(argv=None):
             return dry_run(s)
         ranks = start(s)
         dataset = read_data(s.data) if s.data else World("train", s.seed)
-        teacher, student, processor = build(s, ranks.device)
+        teacher, student, processor = build(s, torch.device("cpu") if s.shard else ranks.device)
         if s.shard:
             shard(ranks, teacher, student)
         objective = Distillation(s, teacher, student)
@@ -758,8 +762,8 @@ def main(argv=None):
         sys.exit(str(error))
     if ranks.rank == 0:
         if s.shard:                                       # a checkpoint holds whole tensors: read the last one
-            teacher, student, processor = build(s, ranks.device)
-            run(s, Distillation(s, teacher, student), processor, dataset, Ranks(0, 1, ranks.device))
+            teacher, student, processor = build(s, torch.device("cpu"))
+            run(s, Distillation(s, teacher, student), processor, dataset, Ranks(0, 1, torch.device("cpu")))
         finish(s, teacher, student, processor)
     ranks.wait()
     if ranks.world > 1:

@@ -4,9 +4,9 @@
     python reproduce.py --write                     # only write RESULTS.md from results/*.json
     python reproduce.py table1 --seeds 5 --jobs 2   # two runs of one thread each
 
-A run is one `distill.py` command in a process of its own and one judgement of its student on evaluation pages, which
-training never draws. What is kept of it is results/<run>.json: the command's flags and one 0 or 1 per question, so
-that any two runs can be paired. A run with its file is not repeated, and one that was interrupted goes on from its
+A run is one command of `distill.py` or `sft_dpo.py` in a process of its own and one judgement of its student on
+evaluation pages, which training never draws. What is kept of it is results/<run>.json: the command and one 0 or 1 per
+question, so that any two runs can be paired. A run with its file is not repeated, and one that was interrupted goes on from its
 checkpoint. All conditions have the same budget, settings, data order and initial mixers for the same seed; nothing
 was chosen by looking at these pages.
 """
@@ -16,19 +16,24 @@ import math
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
-from synthdoc import SUITES
+from synthdoc import CELL, SUITES, World
 
-TOKENS, QUESTIONS = 400_000, 500                          # of every run; a suite
+TOKENS, QUESTIONS = 400_000, 2_000                        # of a distillation; a suite
 HERE = Path(__file__).parent
 
-# name: (flags beside --cond, what it stands beside in the paper)
+# table: (what it stands beside in the paper, {run: flags of distill.py, or the phase that follows another run})
 TABLES = {
     "table1": ("Tables 1 and 9: the ladder", {c: f"--cond {c}" for c in ("c1", "c2", "c3", "c4")}),
+    "table2": ("Tables 2 and 4: after SFT and DPO", {
+        f"{c}-{phase}": phase for c in ("c1", "c3", "c4") for phase in ("sft", "dpo")}),
     "ledger": ("Ledger 3 and 4: initialisation and feed", {
         f"{c}-{name}": f"--cond {c} {flags}" for c in ("c1", "c3", "c4")
         for name, flags in (("paper", "--init paper"), ("teacher", "--feed teacher"))
@@ -37,10 +42,18 @@ TABLES = {
     "table8": ("Table 8: ablations", {c: f"--cond {c}" for c in ("no-residual", "no-density", "ld", "sl")}),
     "a8": ("A.8: 5 x weight on k % of the positions", {
         f"{c}{k}": f"--cond {c} --k {k}" for k in (10, 25, 50) for c in ("topk", "random")}),
+    "budget": ("Where density helps: token budget", {
+        f"{c}-{k}k": f"--cond {c} --tokens {k}000" for k in (100, 200, 800) for c in ("c3", "c4")}),
 }
+FLAGS = {name: flags for _, rows in TABLES.values() for name, flags in rows.items()}
 # (better, worse) as the paper has it, and the paper's difference on OCRBench v2
 PAIRS = [("c2", "c1", 2.6), ("c3", "c2", 1.4), ("c4", "c3", 4.7), ("c5", "c4", 0.6), ("c6", "c4", 0.7),
          ("c4", "no-residual", 2.5), ("c4", "no-density", 2.6), ("c4", "ld", 0.6), ("c4", "sl", 1.1),
+         ("c1-sft", "c1", None), ("c3-sft", "c3", None), ("c4-sft", "c4", None), ("c4-sft", "c3-sft", None),
+         ("c1-dpo", "c1-sft", None), ("c3-dpo", "c3-sft", None), ("c4-dpo", "c4-sft", None), ("c4-dpo", "c3-dpo", None),
+         ("c3-teacher", "c3", None), ("c4-teacher", "c4", None), ("c4-teacher", "c3-teacher", None),
+         ("c1-paper", "c1", None), ("c3-paper", "c3", None), ("c4-paper", "c4", None),
+         ("c4-100k", "c3-100k", None), ("c4-200k", "c3-200k", None), ("c4-800k", "c3-800k", None),
          ("topk10", "random10", 2.5), ("topk25", "random25", 5.2), ("topk50", "random50", 4.7)]
 
 
@@ -57,23 +70,37 @@ def judge(folder):
     return marks
 
 
-def one(name, flags, seed, results):
-    """Distils and judges one student, unless its result is there."""
-    file = results / f"{name}-seed{seed}.json"
-    if file.exists():
-        return
-    out = HERE / "out" / "reproduce" / f"{name}-seed{seed}"
-    command = [sys.executable, "distill.py", *flags.split(), "--seed", str(seed), "--tokens", str(TOKENS),
-               "--out", str(out), "--questions", "0", "--threads", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open(f"{out}.txt" if out.parent.mkdir(parents=True, exist_ok=True) is None else os.devnull, "a") as log:
-        subprocess.run(command, cwd=HERE, env=environment, check=True, stdout=log, stderr=log)
-        marks = subprocess.run([sys.executable, "reproduce.py", "--judge", str(out)], cwd=HERE, env=environment,
-                               check=True, stdout=subprocess.PIPE, stderr=log, text=True).stdout
-    stored = dict(run=name, flags=flags, seed=seed, tokens=TOKENS, marks=json.loads(marks.splitlines()[-1]))
+busy = defaultdict(Lock)                                  # a run that two others wait for is run once
+
+
+def one(name, seed, results, wanted="result"):
+    """Runs and judges one student, unless its result is there, or its folder when that is `wanted`."""
+    with busy[name, seed]:
+        file = results / f"{name}-seed{seed}.json"
+        out = HERE / "out" / "reproduce" / f"{name}-seed{seed}"
+        if file.exists() and (wanted == "result" or (out / "model.safetensors").exists()):
+            return
+        flags = FLAGS[name]
+        if flags in ("sft", "dpo"):                       # c4 -> c4-sft -> c4-dpo
+            parent = name.removesuffix("-" + flags) + ("-sft" if flags == "dpo" else "")
+            one(parent, seed, results, wanted="folder")
+            command = ["sft_dpo.py", flags, "--model", str(out.with_name(f"{parent}-seed{seed}"))]
+        else:
+            command = ["distill.py", "--tokens", str(TOKENS), *flags.split()]
+        command += ["--seed", str(seed), "--questions", "0", "--threads", "1", "--out", str(out)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{out}.txt", "a") as log:
+            subprocess.run([sys.executable, *command], cwd=HERE, env=environment, check=True, stdout=log, stderr=log)
+            marks = subprocess.run([sys.executable, "reproduce.py", "--judge", str(out)], cwd=HERE, env=environment,
+                                   check=True, stdout=subprocess.PIPE, stderr=log, text=True).stdout
+        keep(file, dict(run=name, flags=flags, seed=seed, marks=json.loads(marks.splitlines()[-1])))
+
+
+def keep(file, stored):
     file.with_suffix(".tmp").write_text(json.dumps(stored, indent=1) + "\n")
     os.replace(file.with_suffix(".tmp"), file)
-    print(f"{name} seed {seed}: {', '.join(f'{s} {v:.1f}' for s, v in scores(stored['marks']).items())}", flush=True)
+    print(f"{file.stem}: {', '.join(f'{s} {v:.1f}' for s, v in scores(stored['marks']).items())}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -96,12 +123,81 @@ def spread(value, error, sign=""):
     return f"{value:{sign}.1f}" + ("" if error is None else f" ± {error:.1f}")
 
 
+def fullness(suite):
+    """Share of the cells that hold a mark (a character, a digit, a shape), of every page of a suite."""
+    world, shares = World("eval", 0, suite), []
+    for i in range(QUESTIONS):
+        rng = world.rng(i)
+        page = world.page(rng, world.family(rng, i))
+        cells = {(y // CELL, x // CELL) for _, x0, y0, x1, y1 in page.marks
+                 for y in range(y0 + 4, y1, 8) for x in range(x0 + 4, x1, 8)}
+        shares.append(len(cells) / (page.cells[0] * page.cells[1]))
+    return np.array(shares)
+
+
+def where(marks):
+    """C4 - C3 in points, by family, fullness of the page, and budget: {group: {name: one value a seed}}."""
+    def shared(a, b):
+        return sorted(set(marks.get(a, ())) & set(marks.get(b, ())))
+
+    def gains(a, b, choose):
+        return [100 * (choose(marks[a][s]) - choose(marks[b][s])) for s in shared(a, b)]
+
+    def in_order(m, suite):                               # back to the order in which a suite asks
+        families = SUITES[suite]
+        return np.array([[int(c) for c in m[f]] for f in families]).T.flatten()
+    groups = {"by family": {f: gains("c4", "c3", lambda m: np.mean([int(c) for c in m[f]]))
+                            for families in SUITES.values() for f in families}}
+    full = np.concatenate([fullness(suite) for suite in SUITES])
+    bins = {}
+    for low, high in ((0, .03), (.03, .08), (.08, .2), (.2, 1)):
+        here = (full >= low) & (full < high)
+        name = f"{100 * low:.0f} to {100 * high:.0f} % ({here.sum()})"
+        bins[name] = gains("c4", "c3", lambda m: np.concatenate([in_order(m, s) for s in SUITES])[here].mean())
+    groups["by share of the page that is marked (questions)"] = bins
+    groups["by token budget, mean of the suites"] = {
+        f"{k},000": gains(f"c4{end}", f"c3{end}", lambda m: np.mean(list(scores(m).values())) / 100)
+        for k, end in ((100, "-100k"), (200, "-200k"), (TOKENS // 1000, ""), (800, "-800k"))}
+    groups = {group: {name: values for name, values in rows.items() if values} for group, rows in groups.items()}
+    return {group: rows for group, rows in groups.items() if rows}
+
+
+def draw_where(groups, path):
+    """Bars of the mean with whiskers of one standard error, a panel for each group."""
+    font, ink, unit = ImageFont.load_default(13), (50, 50, 60), 0
+    for rows in groups.values():
+        for values in rows.values():
+            mean, _, error = mean_error(values)
+            unit = max(unit, abs(mean) + (error or 0))
+    lines = sum(len(rows) + 2 for rows in groups.values())
+    sheet = Image.new("RGB", (760, 22 * lines + 44), "white")
+    pen, zero, scale, y = ImageDraw.Draw(sheet), 480, 180 / max(unit, 1e-9), 10
+    pen.text((zero, y), "C3 better   |   C4 better", fill=ink, font=font, anchor="ma")
+    for group, rows in groups.items():
+        y += 26
+        pen.text((14, y), f"C4 - C3, points, {group}", fill=ink, font=font)
+        for name, values in rows.items():
+            y += 22
+            mean, _, error = mean_error(values)
+            pen.text((270, y), name, fill=ink, font=font, anchor="ra")
+            ends = sorted((zero, zero + mean * scale))
+            pen.rectangle([ends[0], y + 1, ends[1], y + 14], fill=(178, 58, 92) if mean > 0 else (110, 130, 160))
+            if error is not None:
+                pen.line([zero + (mean - error) * scale, y + 8, zero + (mean + error) * scale, y + 8], fill=ink, width=2)
+            pen.text((700, y), spread(mean, error, "+"), fill=ink, font=font, anchor="ma")
+        y += 8
+    pen.line([zero, 30, zero, y + 20], fill=ink)
+    path.parent.mkdir(exist_ok=True)
+    sheet.save(path)
+
+
 def write(results):
-    """RESULTS.md from results/*.json."""
-    runs = {}
-    for file in sorted(results.glob("*.json")):
+    """RESULTS.md and its figure from results/*.json."""
+    runs, marks = {}, {}
+    for file in sorted(results.glob("*-seed*.json")):
         stored = json.loads(file.read_text())
         runs.setdefault(stored["run"], {})[stored["seed"]] = scores(stored["marks"])
+        marks.setdefault(stored["run"], {})[stored["seed"]] = stored["marks"]
     lines = ["# Results on the embedded world", "",
              f"Written by `python reproduce.py --write` from `results/`. Exact match in per cent on {QUESTIONS} "
              f"evaluation questions a suite; students after {TOKENS:,} tokens; ± is the standard deviation over seeds "
@@ -127,8 +223,16 @@ def write(results):
             for s in SUITES:
                 mean, _, error = mean_error([runs[a][k][s] - runs[b][k][s] for k in shared])
                 cells.append(spread(mean, error, "+"))
-            lines.append(f"| {a} − {b} | {len(shared)} | " + " | ".join(cells) + f" | {paper:+.1f} |")
-    (HERE / "RESULTS.md").write_text("\n".join(lines) + "\n")
+            lines.append(f"| {a} − {b} | {len(shared)} | " + " | ".join(cells) + (" | |" if paper is None else f" | {paper:+.1f} |"))
+    if groups := where(marks):
+        draw_where(groups, HERE / "docs" / "where.png")
+        lines += ["", "## Where does density help?", "", "![C4 minus C3](docs/where.png)", "", "Whiskers: one standard "
+                  "error over seeds. Groups are of the same evaluation questions; budgets are runs of their own.", ""]
+        for group, rows in groups.items():
+            lines += [f"| C4 − C3, points, {group} | seeds | |", "|---|---|---|",
+                      *(f"| {name} | {len(v)} | {spread(mean_error(v)[0], mean_error(v)[2], '+')} |"
+                        for name, v in rows.items()), ""]
+    (HERE / "RESULTS.md").write_text("\n".join(lines).rstrip() + "\n")
 
 
 def main():
@@ -145,11 +249,10 @@ def main():
     results.mkdir(exist_ok=True)
     if not a.write:
         if not (results / "teacher-seed0.json").exists():
-            stored = dict(run="teacher", flags="", seed=0, tokens=0, marks=judge(HERE / "tiny"))
-            (results / "teacher-seed0.json").write_text(json.dumps(stored, indent=1) + "\n")
+            keep(results / "teacher-seed0.json", dict(run="teacher", flags="", seed=0, marks=judge(HERE / "tiny")))
         with ThreadPoolExecutor(a.jobs) as pool:          # seed by seed, so that a short evening has whole seeds
-            for done in [pool.submit(one, name, flags, seed, results) for seed in range(a.seeds)
-                         for table in a.tables for name, flags in TABLES[table][1].items()]:
+            for done in [pool.submit(one, name, seed, results) for seed in range(a.seeds)
+                         for table in a.tables for name in TABLES[table][1]]:
                 done.result()
     write(results)
 

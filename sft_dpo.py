@@ -332,7 +332,7 @@ def prepared(s, phase, device):
 
 def train(s, phase, ranks):
     """-> the finished model, whole and in the run's dtype, on rank 0; None on the others."""
-    objective, processor = prepared(s, phase, ranks.device)
+    objective, processor = prepared(s, phase, torch.device("cpu") if s.shard else ranks.device)
     data = dataset_of(s, phase)
     s.tokens = s.tokens or one_epoch(data, processor)
     if s.shard:
@@ -341,8 +341,8 @@ def train(s, phase, ranks):
     if ranks.rank > 0:
         return None
     if s.shard:                                           # checkpoints hold whole tensors: read the last
-        objective = prepared(s, phase, ranks.device)[0]
-        run(s, objective, processor, data, Ranks(0, 1, ranks.device))
+        objective = prepared(s, phase, torch.device("cpu"))[0]
+        run(s, objective, processor, data, Ranks(0, 1, torch.device("cpu")))
     return objective.result()
 
 

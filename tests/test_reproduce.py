@@ -1,0 +1,92 @@
+"""reproduce.py: what a run keeps, the order of runs that build on each other, and the figures of RESULTS.md."""
+import json
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import ImageChops
+from scipy import stats
+
+import reproduce
+from synthdoc import SUITES, World, blank
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """Runs reproduce.one without training: every command is noted, and its model folder made."""
+    noted = []
+
+    def run(command, stdout=None, **options):
+        noted.append(command[1:])
+        if "--judge" in command:
+            marks = {f: "10" for families in SUITES.values() for f in families}
+            return subprocess.CompletedProcess(command, 0, stdout=f"a warning\n{json.dumps(marks)}\n")
+        folder = tmp_path / "out" / "reproduce" / command[command.index("--out") + 1].split("/")[-1]
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch()
+    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    monkeypatch.setattr(reproduce, "HERE", tmp_path)
+    return noted
+
+
+def test_a_run_brings_what_it_builds_on_and_is_never_repeated(commands, tmp_path):
+    reproduce.one("c4-dpo", 3, tmp_path)
+    trained = [(c[0], c[1]) for c in commands if c[0] != "reproduce.py"]
+    assert trained == [("distill.py", "--tokens"), ("sft_dpo.py", "sft"), ("sft_dpo.py", "dpo")]
+    starts = [c[c.index("--model") + 1].split("/")[-1] for c in commands if "--model" in c]
+    assert starts == ["c4-seed3", "c4-sft-seed3"]
+    assert all(c[c.index("--seed") + 1] == "3" for c in commands if c[0] != "reproduce.py")
+    assert sorted(f.name for f in tmp_path.glob("*.json")) == [f"c4{end}-seed3.json" for end in ("-dpo", "", "-sft")]
+    reproduce.one("c4", 3, tmp_path)
+    reproduce.one("c4-sft", 3, tmp_path)
+    assert len(commands) == 6
+    (tmp_path / "out" / "reproduce" / "c4-seed3" / "model.safetensors").unlink()        # as in a fresh clone
+    reproduce.one("c4", 3, tmp_path)
+    assert len(commands) == 6
+    reproduce.one("c4", 3, tmp_path, wanted="folder")
+    assert [c[0] for c in commands[6:]] == ["distill.py", "reproduce.py"]
+
+
+def test_flags_of_a_run_come_after_the_common_ones(commands, tmp_path):
+    reproduce.one("c3-200k", 0, tmp_path)
+    assert [commands[0][i + 1] for i, word in enumerate(commands[0]) if word == "--tokens"] == ["400000", "200000"]
+
+
+def test_means_and_errors_are_scipys(tmp_path):
+    values = np.random.default_rng(0).normal(3, 2, 7)
+    mean, deviation, error = reproduce.mean_error(values)
+    assert np.allclose([mean, deviation, error], [values.mean(), stats.tstd(values), stats.sem(values)])
+    assert reproduce.mean_error([2.5]) == (2.5, None, None)
+
+
+def test_fullness_counts_the_cells_that_were_drawn_on(monkeypatch):
+    """On pages without texture, whatever differs from the page's tint was drawn."""
+    monkeypatch.setattr(reproduce, "QUESTIONS", 40)
+    monkeypatch.setattr("synthdoc.blank", lambda rng, cells, texture: blank(rng, cells, 0))
+    found, world = reproduce.fullness("reasoning"), World("eval", 0, "reasoning")
+    for share, i in zip(found, range(40)):
+        image = world[i].images[0]
+        plain = image.copy()
+        plain.paste(max(image.getcolors(1 << 16))[1], (0, 0, *image.size))
+        drawn = np.asarray(ImageChops.difference(image, plain)).max(-1) > 0
+        cells = drawn.reshape(10, 16, 10, 16).any((1, 3)).mean()
+        assert cells - 0.12 <= share <= cells + 0.05      # marks are boxes: corners of circles, edges of cells
+
+
+def test_where_pairs_the_same_questions_of_the_same_seed():
+    rng = np.random.default_rng(1)
+
+    def marks(p):
+        return {f: "".join(map(str, rng.binomial(1, p, reproduce.QUESTIONS // len(families))))
+                for families in SUITES.values() for f in families}
+    runs = {"c3": {s: marks(.3) for s in (0, 1, 2)}, "c4": {s: marks(.6) for s in (1, 2, 3)}}
+    groups = reproduce.where(runs)
+    chart = groups["by family"]["chart"]
+    plain = [100 * (runs["c4"][s]["chart"].count("1") - runs["c3"][s]["chart"].count("1")) / 400 for s in (1, 2)]
+    assert np.allclose(chart, plain)
+    bins = groups["by share of the page that is marked (questions)"]
+    sizes = [int(name.split("(")[1][:-1]) for name in bins]
+    assert sum(sizes) == 2 * reproduce.QUESTIONS
+    total = sum(n * np.array(v) for n, v in zip(sizes, bins.values())) / sum(sizes)
+    means = [np.mean([reproduce.scores(runs[c][s])[k] for k in SUITES]) for s in (1, 2) for c in ("c3", "c4")]
+    assert np.allclose(total, [means[1] - means[0], means[3] - means[2]])
