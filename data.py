@@ -1,7 +1,7 @@
 """Samples: files on disk become padded batches for distillation, SFT, DPO and evaluation (App. C.2-C.5).
 
     python data.py check TRAIN.jsonl MIX.json    read every line and every image header, say what is wrong
-    python data.py convert FILE.parquet FOLDER   parquet (needs pyarrow) to FOLDER/data.jsonl and image files
+    python data.py convert *.parquet FOLDER      parquet (needs pyarrow) to FOLDER/data.jsonl and image files
 
 The way of a sample, which is also this file from top to bottom:
 
@@ -52,8 +52,13 @@ class BadSample(Exception):
 
 
 class NoPreference(BadSample):
-    """Rated answers of which none is better: not broken, but no pair either. Left out by loader() whatever
-    --skip-bad says, and not counted."""
+    """Rated answers of which none is better, or that do not fit within the caps beside their prompt: not broken,
+    but no pair either. Left out by loader() whatever --skip-bad says, and not counted."""
+
+
+def unwritable(text):
+    """Half of a surrogate pair, as a cut emoji leaves behind: JSON may hold it, no encoding can."""
+    return any("\ud800" <= c <= "\udfff" for c in text)
 
 
 @dataclass
@@ -80,9 +85,13 @@ class Sample:
             for part in parts:
                 if part["type"] not in ("text", "image") or not isinstance(part.get("text", ""), str):
                     raise BadSample(f"{where} has a content part that is neither text nor image.")
+                if unwritable(part.get("text", "")):
+                    raise BadSample(f"{where} has text that is not Unicode (half of a surrogate pair).")
             images += (shown := sum(p["type"] == "image" for p in parts))
             if shown and role in ("system", "assistant"):
                 raise BadSample(f"{where} has an image in the {role}'s turn; only a user shows one.")
+        if any(unwritable(p.get("text", "")) for answer in (self.chosen, self.rejected) for p in answer or ()):
+            raise BadSample(f"{where} has an answer that is not Unicode (half of a surrogate pair).")
         if not self.messages or images != len(self.images):
             raise BadSample(f"{where} has {len(self.messages)} messages with {images} image markers, and "
                             f"{len(self.images)} images.")
@@ -374,7 +383,7 @@ class Processor:
 
 def encode_rows(processor, sample):
     """Sample -> list of Encoded: one, or a pair's two, which supervise only the answer that differs. Raises
-    BadSample, also if the caps cut the prompts of a pair to different lengths."""
+    BadSample; NoPreference if the caps cut the prompts of a pair to different lengths."""
     rows = [processor.encode(row) for row in sample.rows()]
     if len(rows) == 2:
         prompts = []
@@ -384,7 +393,7 @@ def encode_rows(processor, sample):
             row.labels[:start] = IGNORED
             prompts.append(row.ids[:start])
         if not torch.equal(*prompts):
-            raise BadSample(f"{sample.where or sample.id} has a prompt that leaves no room for its answers.")
+            raise NoPreference(f"{sample.where or sample.id} has a prompt that leaves no room for its answers.")
     return rows
 
 
@@ -445,8 +454,8 @@ def read_json(path):
 
 def read_messages(row):
     """The native format, where text is in parts and only text; and Qwen's and LLaMA-Factory's, where content
-    is a string with <image> markers, or an image part carries its own path."""
-    only(row, ("id", "source", "images", "messages", "chosen", "rejected"), "the sample")
+    is a string with <image> markers, or an image part carries its own path. UltraChat repeats its prompt."""
+    only(row, ("id", "source", "images", "messages", "chosen", "rejected", "prompt", "prompt_id"), "the sample")
     images, messages = list(listed(row.get("images"))), []
     for message in row["messages"]:
         only(message, ("role", "content"), "a message")
@@ -481,18 +490,19 @@ def read_rlhfv(row):
 
 
 def read_vlfeedback(row):
-    """VLFeedback: several answers, each rated on several aspects; the best mean against the worst."""
+    """VLFeedback, and UltraFeedback before it was binarised: several answers, each rated on several aspects;
+    the best mean against the worst."""
     answers, rated = row["completions"], []
     if isinstance(answers, dict):                            # records may be stored as columns
         answers = [dict(zip(answers, values)) for values in zip(*answers.values())]
     for k, answer in enumerate(answers):
-        marks = [str(aspect["Rating"]) for aspect in answer["annotations"].values()]
+        marks = [str(aspect.get("Rating")) for aspect in answer["annotations"].values()]
         marks = [float(mark) for mark in marks if mark.replace(".", "", 1).isdigit()]      # not "N/A"
         if marks:
             rated.append((sum(marks) / len(marks), -k, answer["response"]))
     if not rated or max(rated)[0] == min(rated)[0]:
         raise NoPreference("has no answer that is rated better than another")
-    return read_mmpr({"question": row["prompt"], "image": row.get("image") or row.get("img_path"),
+    return read_mmpr({"question": row.get("prompt") or row["instruction"], "image": row.get("image") or row.get("img_path"),
                       "chosen": max(rated)[2], "rejected": min(rated)[2]})
 
 
@@ -515,6 +525,21 @@ def read_interleaved(row):
                 images=[image for text, image in pairs if not text])
 
 
+def read_vqa(row):
+    """The benchmarks' training splits (DocVQA, TextVQA, ...): a question and its accepted answers; the first one."""
+    answer, images = listed(row.get("answers")) or listed(row["answer"]), listed(row["image"])
+    return dict(images=images, messages=[{"role": "user", "content": marked(row["question"], images)},
+                                         {"role": "assistant", "content": texts(answer[0])}])
+
+
+def read_synthdog(row):
+    """SynthDoG: a page and all that is written on it, in JSON."""
+    written = json.loads(row["ground_truth"])["gt_parse"]["text_sequence"]
+    return dict(images=listed(row["image"]), messages=[
+        {"role": "user", "content": [{"type": "image"}, *texts("Read all the text in the image.")]},
+        {"role": "assistant", "content": texts(written)}])
+
+
 def read_text(row):
     """FineWeb-Edu, DCLM: running text without a template; every token is supervised, <|endoftext|> too."""
     return dict(messages=[{"role": "document", "content": texts(row["text"])}])
@@ -523,11 +548,16 @@ def read_text(row):
 # A line is read by the first row of this table whose columns it has. Published files carry further columns,
 # which are ignored; the `messages` formats are strict.
 FORMATS = [
+    ({"prompt", "chosen", "rejected"}, read_ultrafeedback),              # its messages repeat the chosen ones
     ({"messages"}, read_messages),
     ({"conversations"}, read_llava),
     ({"prompt", "completions"}, read_vlfeedback),
-    ({"prompt", "chosen", "rejected"}, read_ultrafeedback),
+    ({"instruction", "completions"}, read_vlfeedback),
     ({"question", "chosen", "rejected"}, read_mmpr),
+    ({"chosen", "rejected"}, read_ultrafeedback),
+    ({"question", "image", "answers"}, read_vqa),
+    ({"question", "image", "answer"}, read_vqa),
+    ({"image", "ground_truth"}, read_synthdog),
     ({"text", "image"}, read_rlhfv),
     ({"text", "image_path"}, read_rlhfv),
     ({"texts", "images"}, read_interleaved),
@@ -543,7 +573,7 @@ def to_sample(row, folder, where, source):
         raise BadSample(f"{where} has {found}, which fit no known format.")
     try:
         fields = read(row)
-        fields["images"] = [str(folder / image) for image in fields.get("images", ())]
+        fields["images"] = [str(folder / image.removeprefix("file://")) for image in fields.get("images", ())]
         name = row.get("id") if read is read_messages else None      # published ids repeat, lines do not
         return Sample(str(name or where), source=row.get("source") or source, where=where, **fields)
     except NoPreference as error:
@@ -557,11 +587,11 @@ def to_sample(row, folder, where, source):
 class JSONL:
     """A file of samples as a sequence that reads a line when asked for it; one pass at the start finds the
     lines. Also a .json file that is one list, as LLaVA's and LLaMA-Factory's are; that one is kept in memory.
-    Image paths are relative to the file's folder. Raises BadSample on reading a bad line, ValueError for a
-    parquet file."""
+    Image paths are relative to the file's folder, or to `images`. Raises BadSample on reading a bad line,
+    ValueError for a parquet file."""
 
-    def __init__(self, path, source=None):
-        self.path, self.rows = Path(path), None
+    def __init__(self, path, source=None, images=None):
+        self.path, self.rows, self.folder = Path(path), None, Path(images or Path(path).parent)
         self.source = source or self.path.stem
         if self.path.suffix == ".parquet":
             raise ValueError(f"{path} is parquet; first run `python data.py convert {path} FOLDER`.")
@@ -583,7 +613,7 @@ class JSONL:
     def __getitem__(self, index):
         if self.rows is not None:
             where = f"{self.path.name} item {index + 1}"
-            return to_sample(self.rows[index], self.path.parent, where, self.source)
+            return to_sample(self.rows[index], self.folder, where, self.source)
         where = f"{self.path.name} line {self.lines[index] + 1}"
         with open(self.path, "rb") as file:                              # opened anew: workers share no place
             file.seek(self.starts[index])
@@ -591,7 +621,7 @@ class JSONL:
                 row = json.loads(file.readline())
             except ValueError as error:                                  # bad JSON or bad UTF-8
                 raise BadSample(f"{where} is not JSON ({error}).") from None
-        return to_sample(row, self.path.parent, where, self.source)
+        return to_sample(row, self.folder, where, self.source)
 
 
 read_jsonl = JSONL
@@ -655,19 +685,20 @@ class Mixture:
 
 
 def read_recipe(path):
-    """{"sources": [{"name", "path", "weight"}], "samples", "seed"} -> Mixture. Paths are relative to the
-    recipe's folder. A weight is a share in samples; without one it is Table 12's, if the name is there, or
+    """{"sources": [{"name", "path", "weight", "images"}], "samples", "seed"} -> Mixture. Paths are relative to
+    the recipe's folder; `images` is where those of a source lie, if not beside its file. A weight is a share in samples; without one it is Table 12's, if the name is there, or
     the source's size."""
     path = Path(path)
     recipe = read_json(path)
     only(recipe, ("sources", "samples", "seed"), path, needed=("sources",))
     sources, weights = {}, {}
     for entry in recipe["sources"]:
-        only(entry, ("name", "path", "weight"), path, needed=("name", "path"))
+        only(entry, ("name", "path", "weight", "images"), path, needed=("name", "path"))
         name = entry["name"]
         if name in sources:
             raise ValueError(f"{path} names the source {name} twice.")
-        sources[name] = JSONL(path.parent / entry["path"], name)
+        images = path.parent / entry["images"] if "images" in entry else None
+        sources[name] = JSONL(path.parent / entry["path"], name, images)
         weights[name] = entry.get("weight", TABLE12.get(name, len(sources[name])))
     return Mixture(sources, weights, recipe.get("samples"), recipe.get("seed", 0))
 
@@ -803,6 +834,8 @@ class Fetch(torch.utils.data.Dataset):
         for draw in micro.draws:
             try:
                 encoded += encode_rows(self.processor, fetch(self.dataset, draw))
+            except NoPreference:
+                pass
             except BadSample as error:
                 bad.append(str(error))
         stand_in = Encoded("", torch.tensor([pad]), torch.tensor([IGNORED]), None, None)
@@ -844,8 +877,9 @@ def check(path):
     return bad
 
 
-def convert(path, folder):
-    """A parquet file -> folder/data.jsonl; images, stored as {"bytes", "path"}, become files beside it."""
+def convert(paths, folder):
+    """Parquet files -> folder/data.jsonl; images, as bytes or {"bytes", "path"}, become files beside it. A field
+    that is empty is left out of what it is nested in: parquet gives every part of a message all parts' fields."""
     import pyarrow.parquet
     folder, count = Path(folder), 0
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -854,17 +888,20 @@ def convert(path, folder):
         nonlocal count
         if isinstance(value, list):
             return [saved(v) for v in value]
+        if isinstance(value, bytes):
+            value = {"bytes": value}
         if not (isinstance(value, dict) and isinstance(value.get("bytes"), bytes)):
-            return value
+            return {k: saved(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
         name = f"images/{count:08d}{Path(value.get('path') or '').suffix}"
         (folder / name).write_bytes(value["bytes"])
         count += 1
         return name
 
     with open(folder / "data.jsonl", "w") as out:
-        for rows in pyarrow.parquet.ParquetFile(path).iter_batches(256):
-            for row in rows.to_pylist():
-                out.write(json.dumps({key: saved(value) for key, value in row.items()}, default=str) + "\n")
+        for path in paths:
+            for rows in pyarrow.parquet.ParquetFile(path).iter_batches(256):
+                for row in rows.to_pylist():
+                    out.write(json.dumps({key: saved(value) for key, value in row.items()}, default=str) + "\n")
 
 
 if __name__ == "__main__":
@@ -873,6 +910,8 @@ if __name__ == "__main__":
     parser.add_argument("paths", nargs="+")
     args = parser.parse_args()
     if args.command == "convert":
-        convert(*args.paths)
+        if len(args.paths) < 2:
+            parser.error("give parquet files and the folder to write to")
+        convert(args.paths[:-1], args.paths[-1])
     else:
         raise SystemExit(1 if sum(map(check, args.paths)) else 0)

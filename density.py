@@ -503,13 +503,17 @@ def cache_corpus(path, samples, teacher, processor):
     from tqdm import tqdm
     errors, made_with = [], cache_key(teacher, processor)
 
+    # A mixture draws its sources in rounds; each sample is cached once, under the name it has there.
+    sources = {f"{n}/": source for n, source in getattr(samples, "sources", {}).items()} or {"": samples}
+
     def records():
-        for i in tqdm(range(len(samples)), desc="density", unit=" samples"):
-            if (sample := samples[i]).images:
+        for prefix, i in tqdm([(p, i) for p, source in sources.items() for i in range(len(source))],
+                              desc="density", unit=" samples"):
+            if (sample := sources[prefix][i]).images:
                 encoded, rho = _sample_density(teacher, processor, sample)
                 visual = (encoded.ids == teacher.config.image_token_id)[None]
                 errors.append(quantisation_error(rho, visual, torch.ones_like(visual)))
-                yield sample.id, image_sha(sample.images), encoded.grids, rho
+                yield prefix + sample.id, image_sha(sample.images), encoded.grids, rho
 
     write_cache(path, records(), made_with)
     cache = DensityCache(path, made_with)
@@ -523,20 +527,23 @@ def main():
     parser.add_argument("--teacher", default=str(Path(__file__).parent / "tiny"), help="model folder")
     parser.add_argument("--out", default=".", help="folder for the drawings")
     parser.add_argument("--cache", help="write a cache to this file")
-    parser.add_argument("--data", help="the JSONL corpus it is made from")
+    parser.add_argument("--data", help="the JSONL corpus or recipe it is made from")
+    parser.add_argument("--dtype", default="", choices=["", "bfloat16", "float32", "float64"],
+                        help="as distill.py's: a cache serves runs in the dtype it was made in")
     args = parser.parse_args()
     if bool(args.cache) != bool(args.data) or not (args.images or args.cache):
         parser.error("give pictures to draw, or --cache FILE together with --data FILE")
 
-    from data import BadSample, Processor, read_jsonl
+    from data import BadSample, Processor, read_data
     from model import Qwen3VL
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher, processor = Qwen3VL.from_pretrained(args.teacher, device=device), Processor(args.teacher)
+    kind = getattr(torch, args.dtype or ("bfloat16" if device == "cuda" else "float32"))
+    teacher, processor = Qwen3VL.from_pretrained(args.teacher, kind, device), Processor(args.teacher)
     try:
         if args.images:
             draw_files(args.images, teacher, processor, args.out)
         if args.cache:
-            cache_corpus(args.cache, read_jsonl(args.data), teacher, processor)
+            cache_corpus(args.cache, read_data(args.data), teacher, processor)
     except (BadSample, CacheError) as error:
         raise SystemExit(str(error))
 

@@ -30,6 +30,7 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Optional
@@ -374,7 +375,8 @@ def start(s):
     s.dtype = s.dtype or str(precision(s, device)).removeprefix("torch.")               # also of what stays on the CPU
     ranks = Ranks(int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), device)
     if ranks.world > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo",
+                                timeout=timedelta(hours=3))         # others wait while rank 0 writes 100 GB, or judges
     return ranks
 
 
@@ -404,7 +406,7 @@ def shard(ranks, *models):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     if ranks.world == 1:
-        return
+        return [model.to(ranks.device) for model in models]
     warnings.filterwarnings("ignore", message=".*returned a view tensor")               # the state, unused in training
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))                          # takes each part from the CPU
     layers = [layer for model in models for layer in model.layers]
@@ -434,7 +436,8 @@ def placed(t, like):
     if t.dim() and hasattr(like, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
         return distribute_tensor(t.to(like.device), like.device_mesh, like.placements)
-    return t.to(like.device) if t.dim() else t            # AdamW counts its steps on the CPU
+    # Copies, for t is a view of the checkpoint's file, which a later save removes. AdamW counts steps on the CPU.
+    return t.to(like.device, copy=True) if t.dim() else t.clone()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -655,7 +658,7 @@ def build(s, device):
     teacher, processor = load_model(s, "teacher", device)
     student = convert(s, teacher)
     if s.recompute:
-        for layer in student.layers:
+        for layer in dict.fromkeys([*teacher.layers, *student.layers]):     # the teacher's, for Fisher scores
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return teacher, student, processor
 
@@ -719,16 +722,19 @@ def needs(s, folder, frozen, trained):
     def share(named):                                     # of the parameters that one device holds
         return sum(p.numel() / (world if ".self_attn." in n or ".mlp." in n else 1) for n, p in named.items())
     # Kept for the backward pass, a layer and position: the streams, the norms' inputs, the mixer's projections and
-    # the three products of the MLP; with --recompute the stream alone.
+    # the three products of the MLP; with --recompute the stream alone. Stages 1/2 keep the drift in fp32 as well.
     D, L = c.hidden_size, c.num_hidden_layers
     row = D if s.recompute else 8 * D + 3 * c.intermediate_size + 6 * c.num_attention_heads * c.head_dim
     rows = dict(frozen=share(frozen) * width, trained=share(trained) * 16,        # master, gradient, two moments
-                activations=s.micro_tokens * L * row * width, head=3 * 512 * c.vocab_size * 4)
+                activations=s.micro_tokens * L * (row * width + 4 * D * hasattr(s, "cond")), head=3 * 512 * c.vocab_size * 4)
     GB = 2 ** 30
     print(f"{s.tokens:,} tokens in about {math.ceil(s.tokens / s.batch_tokens):,} steps of {s.batch_tokens:,}"
           if s.tokens else f"one epoch in steps of {s.batch_tokens:,} tokens; how many, the data will tell")
     print(f"each device needs about {sum(rows.values()) / GB:,.2f} GB: "
           + ", ".join(f"{k} {v / GB:,.2f}" for k, v in rows.items()))
+    if s.shard:
+        print(f"while it is built, each process also holds about {sum(p.numel() for p in trained.values()) * 4 / GB:,.2f}"
+              " GB of masters in the machine's own memory")
     missing = [f for f in ("config.json", "tokenizer.json", "preprocessor_config.json") if not (folder / f).is_file()]
     missing += find_tensors(folder)[1]
     if s.data and not Path(s.data).is_file():

@@ -38,7 +38,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data import Processor, Sample, collate
+from data import BadSample, Processor, Sample, collate
 from model import Qwen3VL
 
 # ---------------------------------------------------------------------------------------------------------
@@ -372,7 +372,7 @@ LETTER = "Answer with the option's letter from the given choices directly"
 ONLY = "Answer with the option letter only."
 SINGLE = "\nAnswer the question using a single word or phrase."
 SYSTEM = "You are a helpful assistant."                    # lmms-eval's; the embedded world has none
-HARNESS_PIXELS = (256 * 28 * 28, 1605632)                  # its least and greatest image
+HARNESS_TOKENS = (4, 16384)                                # of its least and greatest image, before the model's own
 
 
 def listed(options):
@@ -564,13 +564,21 @@ def judged(record):
 
 
 def evaluate_models(models, processor, n=None, benches=None, seed=0, batch_size=16, max_new_tokens=None,
-                    device="cpu", dtype=None):
+                    device="cpu", dtype=None, keep=None):
     """Asks every model the same questions. Returns {name: [records]}, what `table` and `gallery` take.
 
     models: {name: a Qwen3VL, or a folder that is loaded when its turn comes}. benches: {benchmark: path, or
     None for an embedded suite}, by default both suites. n: questions of each (None: 500 embedded ones, all of
-    a file). max_new_tokens: a cap below each benchmark's own."""
+    a file). max_new_tokens: a cap below each benchmark's own. keep: a folder in which answers-MODEL.jsonl grows as
+    the replies come, for they may take hours."""
     results, benches = {}, benches or dict.fromkeys(EMBEDDED)
+    for name, path in benches.items():                     # a missing column shows before the first answer
+        if path is not None:
+            next(file_questions(name, path, 1), None)
+    if keep:
+        keep.mkdir(parents=True, exist_ok=True)
+        for name in models:
+            (keep / f"answers-{name}.jsonl").unlink(missing_ok=True)
     for model_name, model in models.items():
         if not isinstance(model, torch.nn.Module):
             model = Qwen3VL.from_pretrained(model, dtype=dtype, device=device)
@@ -579,12 +587,15 @@ def evaluate_models(models, processor, n=None, benches=None, seed=0, batch_size=
         for name, path in benches.items():
             eyes, limit = copy.copy(processor), min(BENCHMARKS[name].new_tokens, max_new_tokens or math.inf)
             if path is not None:
-                eyes.min_pixels, eyes.max_pixels = HARNESS_PIXELS
+                eyes.min_pixels, eyes.max_pixels = (n * eyes.factor ** 2 for n in HARNESS_TOKENS)
             asked = embedded_questions(name, n, seed) if path is None else file_questions(name, path, n)
             while window := list(itertools.islice(asked, 8 * batch_size)):     # so many images at once
                 records, samples = zip(*window)
                 replies = answer(model, eyes, samples, batch_size, limit, f"{model_name}: {name}")
-                results[model_name] += [judged({**r, "answer": reply}) for r, reply in zip(records, replies)]
+                new = [judged({**r, "answer": reply}) for r, reply in zip(records, replies)]
+                results[model_name] += new
+                if keep:
+                    write_answers(keep, model_name, new, "a")
         model.train(was_training)
     return results
 
@@ -801,13 +812,16 @@ def lmms_eval_manifest():
         is_simple = False
 
         def __init__(self, pretrained, batch_size=1, device="cuda", dtype="bfloat16", system_prompt=SYSTEM,
-                     min_pixels=HARNESS_PIXELS[0], max_pixels=HARNESS_PIXELS[1], max_batch_size=None):
+                     min_pixels=None, max_pixels=None, max_batch_size=None):
             super().__init__()
             self.device, self.batch_size = torch.device(device), int(batch_size)
             self.first = [("system", [system_prompt])] if system_prompt else []
             self.model = Qwen3VL.from_pretrained(pretrained, dtype=getattr(torch, dtype), device=device)
             self.processor = full_processor(pretrained)
-            self.processor.min_pixels, self.processor.max_pixels = int(min_pixels), int(max_pixels)
+            # The stock chat model looks at images in full; the simple one (--force_simple) at 1.6 megapixels.
+            usual = (256 * 28 * 28, 1605632) if self.is_simple else [n * self.processor.factor ** 2 for n in HARNESS_TOKENS]
+            self.processor.min_pixels, self.processor.max_pixels = (
+                int(given or n) for given, n in zip((min_pixels, max_pixels), usual))
 
         def sample(self, turns):
             """[(role, [PIL image or text])] -> Sample."""
@@ -914,20 +928,27 @@ def run_lmms_eval(arguments):
 
 def full_processor(folder):
     """A Processor that cuts no question short: training's caps are not for evaluation."""
-    return Processor(folder, max_tokens=262144, max_text_tokens=262144)
+    return Processor(folder, max_tokens=262144, max_text_tokens=262144, max_visual_tokens=HARNESS_TOKENS[1])
+
+
+def write_answers(folder, model, records, mode="w"):
+    with open(folder / f"answers-{model}.jsonl", mode, encoding="utf-8") as f:
+        f.writelines(json.dumps({"model": model, **r}, ensure_ascii=False) + "\n" for r in records)
 
 
 def report(results, folder):
     """Writes answers-MODEL.jsonl, results.json, results.md and gallery.png; prints the table."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, records in results.items():
-        with open(folder / f"answers-{name}.jsonl", "w", encoding="utf-8") as f:
-            f.writelines(json.dumps({"model": name, **r}, ensure_ascii=False) + "\n" for r in records)
+        write_answers(folder, name, records)
     (folder / "results.json").write_text(json.dumps(summary(results), indent=1) + "\n")
     (folder / "results.md").write_text(text := table(results), encoding="utf-8")
-    if len(results) > 1:
-        gallery(results, folder / "gallery.png")
     print(text + f"written to {folder}")
+    if len(results) > 1:
+        try:
+            gallery(results, folder / "gallery.png")
+        except OSError as error:                           # answers may be judged far from their images
+            print(f"no gallery: {error}")
 
 
 def rescored(files):
@@ -972,8 +993,11 @@ def main(arguments=None):
                     f"{', '.join(BENCHMARKS)}")
     names = [Path(m).name for m in a.models]
     names = [m.strip("/").replace("/", "-") if names.count(n) > 1 else n for m, n in zip(a.models, names)]
-    results = evaluate_models(dict(zip(names, a.models)), full_processor(a.models[0]), a.n, benches, a.seed,
-                              a.batch_size, a.max_new_tokens, a.device, a.dtype and getattr(torch, a.dtype))
+    try:
+        results = evaluate_models(dict(zip(names, a.models)), full_processor(a.models[0]), a.n, benches, a.seed,
+                                  a.batch_size, a.max_new_tokens, a.device, a.dtype and getattr(torch, a.dtype), a.out)
+    except (BadSample, ValueError, OSError) as error:      # what the user can mend is said in one sentence
+        sys.exit(str(error))
     report(results, a.out)
 
 

@@ -278,7 +278,7 @@ class Mamba2(nn.Module):
 
         C, B, x = q_norm(W_Q h), k_norm(W_K h), W_V h           inherited; no RoPE; C is divided by sqrt(P)
         x, B, C = conv(x, B, C)                                 depthwise, causal, over four positions
-        y       = ssd(x, softplus(W_gamma h + bias), -exp(A_log), B, C, D)
+        y       = ssd(x, softplus(W_gamma h + dt_bias), -exp(A_log), B, C, D)
         out     = W_O (silu(W_G h + bias) * RMSNorm_head(y))    W_O inherited
 
     The paper draws all that is not inherited from N(0, 0.02) (C.3). Taken literally, conv and thus x, B and C
@@ -289,7 +289,7 @@ class Mamba2(nn.Module):
         conv        1 at the current position: x, B, C pass through. No SiLU follows, as it would bend them
         A_log       0: A = -1. Gain dt and decay exp(-dt) then belong together: the state is a running average
                     of x B^T, as attention's output is an average of values, whatever T
-        dt_proj     W_gamma 0, its bias such that dt goes from 1/16 (first head) to 1/4096 (last) in even
+        dt_proj     W_gamma 0, and dt_bias such that dt goes from 1/16 (first head) to 1/4096 (last) in even
                     ratios: memory half-lives of 11 to 2,800 tokens, where a large image has about 2,500
         gate_proj   W_G 0, its bias 1.278...: silu(bias) = 1, an open gate
         D           0: attention has no skip, and learns one soon enough if it wants it
@@ -313,7 +313,8 @@ class Mamba2(nn.Module):
         self.q_norm = nn.RMSNorm(P, config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(P, config.rms_norm_eps)
         self.conv = nn.Parameter(torch.zeros((H + 2 * G) * P, 4))
-        self.dt_proj = nn.Linear(D, H)                                                  # W_gamma
+        self.dt_proj = nn.Linear(D, H, bias=False)                                      # W_gamma
+        self.dt_bias = nn.Parameter(torch.zeros(H))       # apart, to be added in fp32: bf16 steps by 6 % at -8
         self.A_log = nn.Parameter(torch.zeros(H))
         self.D = nn.Parameter(torch.zeros(H))
         self.gate_proj = nn.Linear(D, H * P)                                            # W_G
@@ -331,7 +332,7 @@ class Mamba2(nn.Module):
         value_size = self.v_proj.weight.float().view(G, -1).norm(dim=1) / P ** 0.5      # (G,)
         starts = {                                                                      # where not zero
             "conv": torch.tensor([0.0, 0.0, 0.0, 1.0]),
-            "dt_proj.bias": dt + torch.log(-torch.expm1(-dt)),                          # softplus backwards
+            "dt_bias": dt + torch.log(-torch.expm1(-dt)),                          # softplus backwards
             "gate_proj.bias": torch.tensor(1.278464542761),
         } if init == "default" else {}
         for name, p in self.named_parameters():
@@ -364,7 +365,7 @@ class Mamba2(nn.Module):
         u, conv = causal_conv(u, self.conv, mask, state and state.conv)
         v, B, C = (z.unflatten(-1, (-1, P)) for z in u.split([G * P, G * P, H * P], dim=-1))
         wide = torch.promote_types(x.dtype, torch.float32)
-        dt = F.softplus(self.dt_proj(x).to(wide))                                       # (B, T, H)
+        dt = F.softplus(self.dt_proj(x).to(wide) + self.dt_bias.to(wide))               # (B, T, H)
         y, ssm = ssd(v, dt, -torch.exp(self.A_log.to(wide)), B, C, self.D, state and state.ssm, mask)
         y = F.rms_norm(y, (P,), eps=self.config.rms_norm_eps).flatten(2) * self.out_norm
         return self.o_proj(y * F.silu(self.gate_proj(x))), State(conv, ssm)             # (B, T, D)

@@ -306,14 +306,15 @@ def dataset_of(s, phase):
 def one_epoch(data, processor, probes=500):
     """About how many tokens a data set has, by evenly spaced samples. Raises BadSample if none is usable."""
     lengths, complaint = [], None
-    for i in sorted({k * len(data) // probes for k in range(probes)}):
+    probed = sorted({k * len(data) // probes for k in range(probes)})
+    for i in probed:
         try:
             lengths.append(sum(processor.length(row) for row in data.peek(i).rows()))
         except BadSample as error:
             complaint = error
     if not lengths:
         raise BadSample(f"None of {min(probes, len(data))} samples can be used, for instance: {complaint}")
-    return round(sum(lengths) / len(lengths) * len(data))
+    return round(sum(lengths) / len(probed) * len(data))                 # what is left out has no tokens
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -335,6 +336,9 @@ def train(s, phase, ranks):
     objective, processor = prepared(s, phase, torch.device("cpu") if s.shard else ranks.device)
     data = dataset_of(s, phase)
     s.tokens = s.tokens or one_epoch(data, processor)
+    if s.tokens < s.batch_tokens:                         # the schedule would end before its first step
+        raise ValueError(f"the data has about {s.tokens:,} tokens, less than one step: give --batch-tokens "
+                         f"{max(1, s.tokens // 20)} or so")
     if s.shard:
         shard(ranks, objective.model)
     run(s, objective, processor, data, ranks, betas=(0.9, 0.999))

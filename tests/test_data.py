@@ -293,6 +293,22 @@ READ = [                                                     # row, messages, im
       "rejected": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "B"}],
       "score_chosen": 9.},
      [turn("user", "Q")], [], A, [text("B")]),
+    ({"prompt": "Q", "prompt_id": "x", "score_chosen": 9., "messages": [turn("user", "Q"), turn("assistant", "A")],
+      "chosen": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}],
+      "rejected": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "B"}]},
+     [turn("user", "Q")], [], A, [text("B")]),
+    ({"chosen": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], "score_chosen": 9.,
+      "rejected": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "B"}]},
+     [turn("user", "Q")], [], A, [text("B")]),
+    ({"source": "evol", "instruction": "Q", "models": [], "completions": RATED},
+     [turn("user", "Q")], [], [text("best")], [text("worst")]),
+    ({"prompt": "Q", "prompt_id": "x", "messages": [{"role": "user", "content": "Q"},
+                                                   {"role": "assistant", "content": "A"}]},
+     [turn("user", "Q"), turn("assistant", "A")], [], None, None),
+    ({"questionId": "1", "question": "Q", "image": "p.png", "answers": ["A", "a"]},
+     [Q, turn("assistant", "A")], ["p.png"], None, None),
+    ({"image": "p.png", "ground_truth": json.dumps({"gt_parse": {"text_sequence": "A"}})},
+     [turn("user", IMAGE, "Read all the text in the image."), turn("assistant", "A")], ["p.png"], None, None),
     ({"texts": ["A", None, "B"], "images": [None, "p.png", None]},
      [turn("document", "A", IMAGE, "B")], ["p.png"], None, None),
     ({"text": "A <image>", "id": "<urn>", "url": "x", "dump": "y"},
@@ -322,6 +338,7 @@ def test_every_format_is_read_as_published(tmp_path, row, messages, images, chos
     ({"messages": [turn("user", "Q", IMAGE, IMAGE)], "images": ["p"]}, "2 image markers, and 1 images"),
     ({"conversations": [{"from": "human", "value": "Q"}], "image": "p"}, "0 image markers, and 1 images"),
     ({"conversations": [{"from": "bot", "value": "Q"}]}, "'bot'"), ({"text": 3}, "neither text nor image"),
+    ('{"text": "a \\ud83d b"}', "not Unicode"),
     ({"text": "not json", "image": "p"}, "malformed"), ({"messages": "Q"}, "malformed")])
 def test_a_bad_line_is_one_sentence_with_file_and_line(tmp_path, row, complaint):
     lines = read_jsonl(write(tmp_path / "t.jsonl", {"text": "fine"}, "", row))
@@ -340,8 +357,15 @@ def test_parquet_becomes_jsonl_and_image_files(tmp_path):
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
     with pytest.raises(ValueError, match="data.py convert"):
         read_jsonl(tmp_path / "t.parquet")
-    data.convert(tmp_path / "t.parquet", tmp_path / "out")
+    data.convert([tmp_path / "t.parquet"], tmp_path / "out")
     sample = read_jsonl(tmp_path / "out" / "data.jsonl")[0]
+    parts = [{"type": "image", "image": {"bytes": raw.getvalue(), "path": "1.png"}}, {"type": "text", "text": "Q"}]
+    for name in "ab":                                        # two shards, with parts of unlike fields
+        rows = [{"messages": [{"role": "user", "content": parts}]}]
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+    data.convert([tmp_path / "a.parquet", tmp_path / "b.parquet"], tmp_path / "shards")
+    shards = read_jsonl(tmp_path / "shards" / "data.jsonl")
+    assert [s.messages for s in shards] == [[Q], [Q]] and len({*shards[0].images, *shards[1].images}) == 2
     assert sample.chosen == A and Image.open(sample.images[0]).tobytes() == picture().tobytes()
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import time
 import zlib
 from functools import partial
@@ -31,7 +32,7 @@ from synthdoc import World
 ROOT = Path(distill.__file__).parent
 SPECIAL = [f"<|{name}|>" for name in
            ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")]
-NEW = {"conv", "dt_proj.weight", "dt_proj.bias", "A_log", "D", "gate_proj.weight", "gate_proj.bias", "out_norm"}
+NEW = {"conv", "dt_proj.weight", "dt_bias", "A_log", "D", "gate_proj.weight", "gate_proj.bias", "out_norm"}
 SMALL = partial(World, cells=(3, 7), questions=1)         # pages of 21 visual tokens
 
 
@@ -226,6 +227,28 @@ def test_a_density_cache_gives_the_weights_of_the_live_tower_and_no_others(teach
         batch = collate([processor.encode(x) for x in samples], processor.pad_id)
         with pytest.raises(density.CacheError, match="image's bytes"):
             objective.weights(batch, f.visual(batch.pixels, batch.grids), None)
+
+
+def test_the_cache_that_density_py_writes_for_a_recipe_serves_a_run(teacher, tmp_path, monkeypatch):
+    """One source is too small and comes round again; both have samples of the same name."""
+    for name, seed, count in (("a", 5, 2), ("b", 6, 4)):
+        lines = []
+        for i in range(count):
+            page = World("train", seed, "receipt", cells=(3, 7))[i]
+            page.images[0].save(tmp_path / f"{name}{i}.png")
+            lines.append(dict(id=f"page {i}", messages=page.messages[:2], images=[f"{name}{i}.png"]))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sources = [dict(name=n, path=f"{n}.jsonl", weight=1) for n in "ab"]
+    (tmp_path / "mix.json").write_text(json.dumps(dict(sources=sources, samples=6)))
+    made = ["density.py", "--teacher", str(teacher), "--cache", str(tmp_path / "rho"), "--data", str(tmp_path / "mix.json")]
+    monkeypatch.setattr(sys, "argv", made)
+    density.main()
+    run = ["--teacher", teacher, "--data", tmp_path / "mix.json", "--density-cache", tmp_path / "rho", "--tokens", 600,
+           "--batch-tokens", 200, "--micro-tokens", 200, "--threads", 1, "--stages", "50/50/0"]
+    distill.main([*map(str, run), "--out", str(tmp_path / "run")])
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) >= 3
+    with pytest.raises(SystemExit, match="made with another"):
+        distill.main([*map(str, run), "--dtype", "float64", "--out", str(tmp_path / "other")])
 
 
 def test_padding_adds_nothing(teacher, tmp_path):

@@ -256,7 +256,7 @@ def test_inits_differ_only_in_where_the_same_noise_is_laid():
         GatedDeltaNet.INHERITED}
     default, paper, again, other = new("default", 0), new("paper", 0), new("default", 0), new("default", 1)
     assert set(paper) == {"conv", "A_log", "beta_proj.weight", "beta_proj.bias", "decay_proj.weight",
-                          "decay_proj.bias", "gate_proj.weight", "gate_proj.bias", "out_norm"}
+                          "decay_bias", "gate_proj.weight", "gate_proj.bias", "out_norm"}
     for name, p in paper.items():
         assert torch.equal(default[name], again[name])
         if name != "out_norm":
@@ -268,7 +268,7 @@ def test_inits_differ_only_in_where_the_same_noise_is_laid():
     start = {name: default[name] - paper[name] for name in default}
     assert close(start["conv"], torch.tensor([0.0, 0, 0, 1]).expand(96, 4))
     assert close(torch.sigmoid(start["beta_proj.bias"]), 2.0 ** torch.linspace(-1, -6, 8))
-    assert close(F.softplus(start["decay_proj.bias"]), 2.0 ** torch.linspace(-4, -12, 8))
+    assert close(F.softplus(start["decay_bias"]), 2.0 ** torch.linspace(-4, -12, 8))
     assert close(F.silu(start["gate_proj.bias"]), torch.ones(64))
     with pytest.raises(ValueError, match="no init 'papre'"):
         GatedDeltaNet.from_attention(layer, "papre")

@@ -151,7 +151,7 @@ def test_weight_transfer_gives_linear_attention_head_by_head(H, G):
     with torch.no_grad():
         m.conv.copy_(torch.tensor([0.0, 0, 0, 1]))
         m.A_log.fill_(-60.0), m.D.zero_(), m.dt_proj.weight.zero_(), m.gate_proj.weight.zero_()
-        m.dt_proj.bias.fill_(0.5413248546129181), m.gate_proj.bias.fill_(1.278464542761)    # dt = gate = 1
+        m.dt_bias.fill_(0.5413248546129181), m.gate_proj.bias.fill_(1.278464542761)    # dt = gate = 1
         x = rand(2, T, D, seed=3)
         norm = lambda z, w: z * (z.pow(2).mean(-1, keepdim=True) + layer.config.rms_norm_eps).rsqrt() * w
         per_head = []
@@ -233,7 +233,7 @@ def test_inits_differ_only_in_where_the_same_noise_is_laid():
         layer, init, torch.Generator().manual_seed(seed)).named_parameters() if n.split(".")[0] not in
         Mamba2.INHERITED}
     default, paper, again, other = new("default", 0), new("paper", 0), new("default", 0), new("default", 1)
-    assert set(paper) == {"conv", "A_log", "D", "dt_proj.weight", "dt_proj.bias", "gate_proj.weight",
+    assert set(paper) == {"conv", "A_log", "D", "dt_proj.weight", "dt_bias", "gate_proj.weight",
                           "gate_proj.bias", "out_norm"}
     for name, p in paper.items():
         assert torch.equal(default[name], again[name])
@@ -244,7 +244,7 @@ def test_inits_differ_only_in_where_the_same_noise_is_laid():
         assert torch.equal(default[name], paper[name])
     close = lambda a, b: torch.allclose(a, b, rtol=0, atol=1e-6)
     assert close(default["conv"] - paper["conv"], torch.tensor([0.0, 0, 0, 1]).expand(96, 4))
-    steps = F.softplus(default["dt_proj.bias"] - paper["dt_proj.bias"])
+    steps = F.softplus(default["dt_bias"] - paper["dt_bias"])
     assert torch.allclose(steps, 2.0 ** torch.linspace(-4, -12, 8), rtol=1e-3)
     assert close(F.silu(default["gate_proj.bias"] - paper["gate_proj.bias"]), torch.ones(64))
     with pytest.raises(ValueError, match="no init 'papre'"):

@@ -410,7 +410,7 @@ def jobs(folder, out):
 
 
 def worker():
-    ranks = distill.start(SimpleNamespace(device="cpu", threads=1))
+    ranks = distill.start(SimpleNamespace(device="cpu", threads=1, dtype=""))
     for function, s, stop in jobs(*map(Path, sys.argv[1:])).values():
         function(s, ranks=ranks, stop=stop)
         ranks.wait()
@@ -485,6 +485,12 @@ def test_one_epoch_is_the_number_of_tokens(folder, tmp_path):
     data, processor = sft_dpo.dataset_of(s, phase), sft_dpo.prepared(s, phase, torch.device("cpu"))[1]
     counted = sum(len(row.ids) for i in range(50) for row in encode_rows(processor, data[i]))
     assert sft_dpo.one_epoch(data, processor) == counted
+    tie = dict(prompt="Q", chosen=[dict(role="user", content="Q"), dict(role="assistant", content="A")])
+    with open(file, "a") as more:                         # pairs that are none add rows, and no tokens
+        more.writelines(json.dumps(dict(tie, rejected=tie["chosen"])) + "\n" for _ in range(50))
+    assert sft_dpo.one_epoch(sft_dpo.dataset_of(s, phase), processor) == counted
+    with pytest.raises(SystemExit, match="less than one step: give --batch-tokens"):
+        sft_dpo.main(["dpo", "--model", str(folder / "plain"), "--data", str(file), "--out", str(tmp_path / "small")])
 
 
 def test_the_commands_chain_and_leave_what_they_started_from_untouched(folder, tmp_path, monkeypatch, capsys):

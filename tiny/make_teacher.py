@@ -1,20 +1,26 @@
 """How the embedded teacher was made: a Qwen3-VL of 2.9 M parameters that reads the pages of synthdoc.py.
 
-    torchrun --nproc-per-node 2 tiny/make_teacher.py --out tiny       # the log of the run is tiny/make_teacher.log
+    torchrun --nproc-per-node 2 tiny/make_teacher.py --out out/teacher     # the log of the run: tiny/make_teacher.log
 
 It is exactly Qwen3-VL's architecture (DeepStack, merger, interleaved MRoPE, QK-norm) in small numbers, with its own
 byte-level BPE tokenizer that has Qwen's special tokens and template. Training everything at once from nothing does
 not work at this scale: the decoder cannot learn to look anything up before the tower can tell characters apart.
-So there are two lessons:
+So there are three lessons, the rows of LESSONS:
 
-    eyes    the vision tower and the merger name what each patch shows (character, handwritten digit, coloured
-            shape, or nothing), from the marks that a page's drawing leaves behind; half of the pages are drills
-            crowded with random characters, for sparse pages hold little to name
-    pages   the decoder and the mergers answer questions, several on each page, and copy out what is written,
-            which supervises every character on it; the tower itself rests, and joins in again for the last fifth
+    eyes       the vision tower and the merger name what each patch shows (character, handwritten digit, coloured
+               shape, or nothing) and where each token stands; half of the pages are drills crowded with random
+               characters, for sparse pages hold little to name
+    pages      everything learns to answer questions, many on each page, and to copy out what is written, which
+               supervises every character on it; naming goes on beside it
+    questions  the tower rests; smaller batches, and more pages of the kinds that are harder
 
-The log is of one run of 91 minutes whose batches changed on the way: one process with 48 pages, from step 1,060 with 24
-to 40, from step 1,480 two processes with 32 each; it shared its two cores with other work.
+Where things stand is half of reading: so the position table starts as sines and cosines, the tokens must keep them,
+and the rotary base is 100, for with Qwen's 5,000,000 and 16 frequencies neighbouring rows look alike.
+
+The log is of one run, two processes on two cores. In its first 66 minutes pages also held several values of one kind
+(up to four items with prices; four named bars) and asked for one of them, and until minute 81 two shapes were to be
+compared (above or below?): both stayed at chance. Then the world became what synthdoc.py says. The lesson "questions"
+came in two parts, of 15 minutes with a third of scenes and of 10 minutes with more of them.
 
 Pages vary in size, so that position table and rotary learn to interpolate. A run goes on from --out's train.pt when
 there is one. Evaluation pages (split "eval") and the handwritten digits held out for them are never drawn.
@@ -26,6 +32,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
@@ -37,7 +44,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from data import Processor, Sample, collate
 from model import Config, Qwen3VL, TextConfig, VisionConfig
-from synthdoc import CHARS, COLOURS, SHAPES, World, blank, dark, scans, scene, stamp, write
+from synthdoc import (CHARS, COLOURS, SHAPES, World, blank, colour, count, dark, plain_text, relation, scans, scene,
+                      shape, stamp, write)
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
            "<|image_pad|>", "<|video_pad|>"]
@@ -65,18 +73,19 @@ def make_tokenizer(path):
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(corpus(), trainer)
     tokenizer.save(str(path))
-    return tokenizer
 
 
 def write_folder(out):
     """config.json and what goes with it: everything of the model folder but the weights."""
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(out / "tokenizer.json")
+    if not (out / "tokenizer.json").exists():
+        make_tokenizer(out / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     ids = {t: tokenizer.token_to_id(t) for t in SPECIAL}
     config = Config(
         text=TextConfig(vocab_size=tokenizer.get_vocab_size(), hidden_size=128, intermediate_size=384,
                         num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-                        rope_theta=1000.0, mrope_section=[6, 5, 5], max_position_embeddings=4096),
+                        rope_theta=100.0, mrope_section=[6, 5, 5], max_position_embeddings=4096),
         vision=VisionConfig(depth=3, hidden_size=96, intermediate_size=384, num_heads=4, patch_size=8,
                             out_hidden_size=128, num_position_embeddings=400, deepstack_visual_indexes=[0, 1, 2]),
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
@@ -121,29 +130,52 @@ def drill(rng, cells, crowded):
     return page
 
 
-class Lessons(World):
-    """Training pages with a further exercise, to copy out the page, and the names of what each patch shows."""
+class Lesson(NamedTuple):
+    name: str
+    until: float                 # share of the time at which it ends
+    rate: float                  # of the peak learning rates, at its start; it falls to a hundredth of them
+    divide: int                  # the batch by this: circuits want many steps more than calm ones
+    tower: bool                  # whether the vision tower trains
+    pages: dict                  # kinds of pages
 
-    def exercise(self, index, eyes):
-        rng = self.rng(index)
-        family = self.family(rng, index)
-        if eyes:
-            page = [lambda: drill(rng, self.cells, True), lambda: scene(rng, self.cells, "train"),
-                    lambda: self.page(rng, "receipt" if family == "text" else family)][rng.choice(3, p=[.5, .2, .3])]()
-            page.questions = [("", "")]
-        elif family == "text":
-            return self.sample(index), None
-        elif rng.random() < 0.2:
-            page = drill(rng, self.cells, False)
+
+LESSONS = [
+    Lesson("eyes", 0.08, 1.0, 1, True,
+           dict(crowd=.5, scene=.2, receipt=.14, chart=.07, form=.03, sign=.03, digits=.03)),
+    Lesson("pages", 0.88, 1.0, 1, True,
+           dict(receipt=.22, chart=.22, scene=.22, form=.08, sign=.08, digits=.08, drill=.05, text=.05)),
+    Lesson("questions", 1.0, 0.5, 2, False,
+           dict(scene=.6, receipt=.08, chart=.08, form=.08, sign=.06, digits=.07, text=.03)),
+]
+
+
+class Lessons(World):
+    """Training pages with many questions each, or one to copy out the page, and the names of what each patch shows."""
+
+    def exercise(self, index, lesson):
+        rng, eyes = self.rng(index), lesson.name == "eyes"
+        kind = str(rng.choice(list(lesson.pages), p=list(lesson.pages.values())))
+        if kind == "text":
+            document = {"role": "document", "content": [{"type": "text", "text": plain_text(rng)}]}
+            return Sample(id=str(index), messages=[document], images=[], source=kind), None
+        if kind in ("crowd", "drill"):
+            page = drill(rng, self.cells, crowded=kind == "crowd")
+        elif kind == "scene":
+            page = scene(rng, self.cells, "train")
+            for ask, most in ((colour, 2), (shape, 3), (count, 1), (relation, 2)):
+                asked = ask(page)
+                page.questions += [asked[i] for i in rng.permutation(len(asked))[:most]]
+            page.questions = [page.questions[i] for i in rng.permutation(len(page.questions))]
         else:
-            page = self.page(rng, family)
-        if not eyes and page.lines and (not page.questions or rng.random() < 0.5):
+            page = self.page(rng, kind)
+        if not eyes and page.lines and (not page.questions or rng.random() < 0.25):
             page.questions.insert(0, ("Read the page.", " ".join(page.lines)))
         messages = []
-        for i, (question, answer) in enumerate(page.questions):
-            messages += [{"role": "user", "content": [{"type": "image"}] * (i == 0) + [{"type": "text", "text": question}]},
+        for i, (question, answer) in enumerate(page.questions if not eyes else [("", "")]):
+            shown = [{"type": "image"}] * (i == 0)
+            messages += [{"role": "user", "content": shown + [{"type": "text", "text": question}]},
                          {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-        return Sample(id=str(index), messages=messages, images=[page.image], source=family), self.patch_names(page)
+        return Sample(id=str(index), messages=messages, images=[page.image], source=kind), self.patch_names(page)
 
     def patch_names(self, page, patch=8):
         """The class under each patch's centre, in merge-block order: (patches,) int64."""
@@ -159,16 +191,15 @@ class Lessons(World):
 class Batches(torch.utils.data.IterableDataset):
     """Endless batches of one page size each, so that the tower runs one call."""
 
-    def __init__(self, processor, first, size, seed, eyes):
-        self.processor, self.first, self.size, self.seed, self.eyes = processor, first, size, seed, eyes
+    def __init__(self, processor, first, size, seed, lesson):
+        self.processor, self.first, self.size, self.seed, self.lesson = processor, first, size, seed, lesson
 
     def __iter__(self):
-        torch.set_num_threads(1)
-        worlds = [Lessons("train", self.seed, cells=s) for s in SIZES]
+        worlds = [Lessons("train", self.seed, cells=s, questions=9) for s in SIZES]
         step = self.first
         while True:
-            world = worlds[np.random.default_rng(step).choice(len(SIZES), p=[.3, .2, .2, .3])]
-            lessons = [world.exercise(step * self.size + i, self.eyes) for i in range(4 * self.size)]
+            world = worlds[np.random.default_rng(step).choice(len(SIZES), p=[.3, .25, .2, .25])]
+            lessons = [world.exercise(step * self.size + i, self.lesson) for i in range(4 * self.size)]
             encoded = sorted(((self.processor.encode(sample), names) for sample, names in lessons),
                              key=lambda pair: len(pair[0].ids))            # else half of a batch would be padding
             for i in np.random.default_rng(step).permutation(4) * self.size:
@@ -177,20 +208,31 @@ class Batches(torch.utils.data.IterableDataset):
                 step += 1
 
 
+def waves(x, most):
+    """Sines and cosines of places x in 0..1, one to `most` half waves over the page: (..., 2 * most)."""
+    angle = math.pi * x[..., None] * torch.arange(1, most + 1)
+    return torch.cat((angle.sin(), angle.cos()), dim=-1)
+
+
 class Heads(nn.Module):
-    """The exercise's own heads: what a patch shows, from its features and from its visual token."""
+    """The exercise's own heads: what a patch shows, from its features and from its visual token, and where it is."""
 
     def __init__(self, c):
         super().__init__()
         self.patch = nn.Linear(c.vision.hidden_size, len(CLASSES))
         self.token = nn.Linear(c.vision.out_hidden_size, 4 * len(CLASSES))
+        self.place = nn.Linear(c.vision.out_hidden_size, 24)
 
-    def forward(self, out, names):
+    def forward(self, out, names, grid):
+        """grid: rows and columns of cells of every page in the batch."""
         weight = torch.ones(len(CLASSES))
         weight[0] = 0.1                                   # most of a page is empty
         a = F.cross_entropy(self.patch(out.patches), names, weight)
         b = F.cross_entropy(self.token(out.tokens).view(-1, len(CLASSES)), names, weight)
-        return a + b, (self.patch(out.patches).argmax(-1) == names)[names > 0].float().mean()
+        row, col = ((2 * torch.arange(n) + 0.5) / (2 * n - 1) for n in grid)
+        place = torch.cat((waves(row, 6)[:, None].expand(-1, len(col), -1), waves(col, 6).expand(len(row), -1, -1)), -1)
+        c = (self.place(out.tokens).view(-1, *place.shape) - place).square().mean()
+        return a + b + c, (self.patch(out.patches).argmax(-1) == names)[names > 0].float().mean()
 
 
 def initialise(model):
@@ -204,6 +246,11 @@ def initialise(model):
                 p.data.zero_()
         elif "norm" not in name:
             p.data.zero_()
+    table = model.visual.pos_embed.weight.data            # rows and columns as waves in half of the channels
+    side, most = round(len(table) ** 0.5), table.shape[1] // 8
+    wave = 0.5 * waves(torch.linspace(0, 1, side), most)
+    table.view(side, side, -1)[..., :4 * most] = torch.cat(
+        (wave[:, None].expand(-1, side, -1), wave.expand(side, -1, -1)), -1)
 
 
 class Muon(torch.optim.Optimizer):
@@ -245,10 +292,9 @@ def optimisers(model, heads):
 
 def main():
     p = argparse.ArgumentParser()
-    p.add_argument("--out", default="tiny")
-    p.add_argument("--minutes", type=float, default=100, help="of the whole schedule, 'eyes' included")
-    p.add_argument("--eyes", type=float, default=0.15, help="share of the time for the first lesson")
-    p.add_argument("--batch", type=int, default=48)
+    p.add_argument("--out", default="out/teacher")
+    p.add_argument("--minutes", type=float, default=91, help="of the whole schedule, 'eyes' included")
+    p.add_argument("--batch", type=int, default=32)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=1)
     a = p.parse_args()
@@ -276,29 +322,26 @@ def main():
         state = stored["state"]
     log = open(out / "make_teacher.log", "a")
     clock, saved, recent = time.time(), time.time(), []
-    eyes, loader = None, None
-    while True:
+    lesson, loader = None, None
+    while state["spent"] < 60 * a.minutes:
         done = state["spent"] / 60 / a.minutes
-        if done >= 1:
-            break
-        if (done < a.eyes) != eyes:                       # a lesson begins
-            eyes = done < a.eyes
-            loader = iter(torch.utils.data.DataLoader(Batches(processor, state["step"], a.batch, a.seed + 1000 * rank, eyes),
-                                                      batch_size=None))
+        number = next(i for i, x in enumerate(LESSONS) if done < x.until)
+        if LESSONS[number] is not lesson:                 # a lesson begins
+            lesson, began = LESSONS[number], LESSONS[number - 1].until if number else 0.0
+            size = a.batch // lesson.divide
+            loader = iter(Batches(processor, state["step"], size, a.seed + 1000 * rank + 100 * number, lesson))
+            for part in (model.visual.patch_embed, model.visual.pos_embed, model.visual.blocks):
+                part.requires_grad_(lesson.tower)
         step, batch, names = next(loader)
-        here = done / a.eyes if eyes else (done - a.eyes) / (1 - a.eyes)
-        rest = not eyes and here < 0.8                    # the tower rests
-        for part in (model.visual.patch_embed, model.visual.pos_embed, model.visual.blocks):
-            part.requires_grad_(not rest)
+        here = (done - began) / (lesson.until - began)
         for o, peak in zip(opts, peaks):
-            warm = min(1, (step + 1) / 50, 0.1 + 30 * here if not eyes else 1)
-            o.param_groups[0]["lr"] = peak * warm * (1 - 0.9 * here)
+            o.param_groups[0]["lr"] = peak * lesson.rate * min(1, 0.02 + 30 * here) * (1 - 0.99 * here)
         seen = model.visual(batch.pixels, batch.grids) if names else None
         loss, right, exact = torch.zeros(()), torch.zeros(()), torch.zeros(())
-        if not rest and names:
-            naming, right = heads(seen, torch.cat(names))
-            loss = naming * (1 if eyes else 0.1)
-        if not eyes:
+        if names and lesson.tower:
+            naming, right = heads(seen, torch.cat(names), [n // 2 for n in batch.grids[0, 1:].tolist()])
+            loss = naming * (1 if lesson.name == "eyes" else 0.2)
+        if lesson.name != "eyes":
             hidden = model.hidden(batch.ids, batch.mask, None, batch.grids, seen)[:, :-1]
             target = batch.labels[:, 1:]
             logits = model.lm_head(hidden[target >= 0])
@@ -315,10 +358,10 @@ def main():
             o.zero_grad(set_to_none=True)
         state = dict(step=step + 1, spent=state["spent"] + spent)
         recent.append((loss.item(), right.item(), exact.item()))
-        if step % 50 == 49 and rank == 0:
+        if (step + 1) % 100 == 0 and rank == 0:
             mean = [sum(c) / len(recent) for c in zip(*recent)]
-            line = dict(step=step + 1, batch=a.batch * world, minutes=round(state["spent"] / 60, 2),
-                        lesson="eyes" if eyes else "pages", loss=round(mean[0], 4), patches_named=round(mean[1], 4),
+            line = dict(step=step + 1, batch=size * world, minutes=round(state["spent"] / 60, 2),
+                        lesson=lesson.name, loss=round(mean[0], 4), patches_named=round(mean[1], 4),
                         tokens_right=round(mean[2], 4), grad_norm=round(norm.item(), 2))
             print(json.dumps(line), flush=True)
             log.write(json.dumps(line) + "\n")

@@ -1,0 +1,82 @@
+"""tiny/: the embedded teacher is what it says, to transformers too; and the lessons that made it are right."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import Processor, collate
+from model import Qwen3VL
+from synthdoc import World
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tiny"))
+import make_teacher  # noqa: E402
+
+transformers = pytest.importorskip("transformers", minversion="5.0", reason="transformers>=5 is the oracle")
+
+
+def test_transformers_loads_the_teacher_and_gives_the_same_logits_and_answers_to_real_pages():
+    """Its own image processor cuts the pages, so pixels, grids, weights and positions are all its own."""
+    theirs = transformers.Qwen3VLForConditionalGeneration.from_pretrained(ROOT / "tiny", dtype=torch.float32).eval()
+    cut = transformers.AutoImageProcessor.from_pretrained(ROOT / "tiny")
+    ours, processor = Qwen3VL.from_pretrained(ROOT / "tiny", torch.float32), Processor(ROOT / "tiny")
+    right = 0
+    for suite in ("reading", "reasoning"):
+        for sample in (World("eval", 0, suite)[i] for i in range(10)):
+            gold, sample.messages = sample.messages[1]["content"][0]["text"], sample.messages[:1]
+            seen = cut(images=[sample.images[0].convert("RGB")], return_tensors="pt")
+            batch = collate([processor.encode(sample, add_generation_prompt=True)], processor.pad_id)
+            inputs = dict(input_ids=batch.ids, pixel_values=seen["pixel_values"].float(), attention_mask=batch.mask.long(),
+                          image_grid_thw=seen["image_grid_thw"], mm_token_type_ids=(batch.ids == ours.config.image_token_id).int())
+            with torch.no_grad():
+                want, got = theirs(**inputs).logits, ours(batch.ids, batch.mask, batch.pixels, batch.grids)
+            torch.testing.assert_close(got, want, atol=2e-4, rtol=0)
+            reply = theirs.generate(**inputs, do_sample=False, max_new_tokens=16)[0, batch.ids.shape[1]:].tolist()
+            answer = ours.generate(batch.ids, batch.mask, batch.pixels, batch.grids, max_new_tokens=16)[0]
+            assert answer == [t for t in reply if t not in (*ours.config.eos_token_id, processor.pad_id)]
+            right += processor.decode(answer).strip() == gold
+    assert right >= 12                                    # of 20: these are trained weights
+
+
+def test_muon_turns_a_gradient_into_its_nearest_orthogonal_matrix():
+    torch.manual_seed(0)
+    for shape in ((24, 24), (16, 40), (40, 16)):
+        p = torch.nn.Parameter(torch.zeros(shape))
+        p.grad = torch.randn(shape)
+        make_teacher.Muon([p], lr=1.0).step()
+        u, s, vh = torch.linalg.svd(p.grad, full_matrices=False)
+        inside = u.T @ -p.detach() @ vh.T / max(1, shape[0] / shape[1]) ** 0.5          # the singular values it left
+        assert (inside - torch.diag(inside.diagonal())).abs().max() < 1e-3
+        assert 0.6 < inside.diagonal().min() and inside.diagonal().max() < 1.3          # five steps come this near
+
+
+@pytest.mark.parametrize("cells", [(4, 8), (10, 10)])
+def test_a_patch_is_named_after_the_mark_under_its_centre(cells):
+    world, p = make_teacher.Lessons("train", 5, cells=cells, questions=9), 8
+    for kind in ("receipt", "digits", "colour", "chart"):
+        rng = world.rng(3)
+        page = world.page(rng, kind)
+        names, at = world.patch_names(page).tolist(), 0
+        for block_row in range(cells[0]):
+            for block_col in range(cells[1]):
+                for row, col in ((2 * block_row + i, 2 * block_col + j) for i in (0, 1) for j in (0, 1)):
+                    y, x = row * p + p / 2, col * p + p / 2
+                    over = [what for what, x0, y0, x1, y1 in page.marks if x0 <= x < x1 and y0 <= y < y1]
+                    assert make_teacher.CLASSES[names[at]] == (over[-1] if over else "nothing")
+                    at += 1
+
+
+def test_lessons_never_show_evaluation_digits(monkeypatch):
+    """Neither stamps on drills nor pages of digits use the last 500 scans."""
+    used, stamp = [], make_teacher.stamp
+
+    def noting(page, rng, which, *rest):
+        used.extend(int(n) for n in which)
+        return stamp(page, rng, which, *rest)
+    monkeypatch.setattr("make_teacher.stamp", noting)
+    monkeypatch.setattr("synthdoc.stamp", noting)
+    world = make_teacher.Lessons("train", 0, questions=9)
+    for i in range(300):
+        world.exercise(i, make_teacher.LESSONS[i % 3])
+    assert len(used) > 500 and max(used) < 1797 - 500
