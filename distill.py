@@ -134,9 +134,9 @@ class DistillSettings(Settings):
 
 DEFAULTS = {                    # embedded world, real data (Table 11)
     "tokens":       (600_000,           2_000_000_000),
-    "batch_tokens": (5_000,             2_000_000),
-    "micro_tokens": (5_000,             16_384),
-    "lr":           (1e-3,              1e-4),
+    "batch_tokens": (1_250,             2_000_000),
+    "micro_tokens": (1_250,             16_384),
+    "lr":           (2e-3,              1e-4),
 }
 
 

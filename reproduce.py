@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from synthdoc import CELL, SUITES, World
 
-TOKENS, QUESTIONS = 400_000, 2_000                        # of a distillation; a suite
+TOKENS, QUESTIONS = 250_000, 2_000                        # of a distillation; a suite
 HERE = Path(__file__).parent
 
 # table: (what it stands beside in the paper, {run: flags of distill.py, or the phase that follows another run})
@@ -43,7 +43,7 @@ TABLES = {
     "a8": ("A.8: 5 x weight on k % of the positions", {
         f"{c}{k}": f"--cond {c} --k {k}" for k in (10, 25, 50) for c in ("topk", "random")}),
     "budget": ("Where density helps: token budget", {
-        f"{c}-{k}k": f"--cond {c} --tokens {k}000" for k in (100, 200, 800) for c in ("c3", "c4")}),
+        f"{c}-{k}k": f"--cond {c} --tokens {k}000" for k in (100, 500, 1000) for c in ("c3", "c4")}),
 }
 FLAGS = {name: flags for _, rows in TABLES.values() for name, flags in rows.items()}
 # (better, worse) as the paper has it, and the paper's difference on OCRBench v2
@@ -53,7 +53,7 @@ PAIRS = [("c2", "c1", 2.6), ("c3", "c2", 1.4), ("c4", "c3", 4.7), ("c5", "c4", 0
          ("c1-dpo", "c1-sft", None), ("c3-dpo", "c3-sft", None), ("c4-dpo", "c4-sft", None), ("c4-dpo", "c3-dpo", None),
          ("c3-teacher", "c3", None), ("c4-teacher", "c4", None), ("c4-teacher", "c3-teacher", None),
          ("c1-paper", "c1", None), ("c3-paper", "c3", None), ("c4-paper", "c4", None),
-         ("c4-100k", "c3-100k", None), ("c4-200k", "c3-200k", None), ("c4-800k", "c3-800k", None),
+         ("c4-100k", "c3-100k", None), ("c4-500k", "c3-500k", None), ("c4-1000k", "c3-1000k", None),
          ("topk10", "random10", 2.5), ("topk25", "random25", 5.2), ("topk50", "random50", 4.7)]
 
 
@@ -157,7 +157,7 @@ def where(marks):
     groups["by share of the page that is marked (questions)"] = bins
     groups["by token budget, mean of the suites"] = {
         f"{k},000": gains(f"c4{end}", f"c3{end}", lambda m: np.mean(list(scores(m).values())) / 100)
-        for k, end in ((100, "-100k"), (200, "-200k"), (TOKENS // 1000, ""), (800, "-800k"))}
+        for k, end in ((100, "-100k"), (TOKENS // 1000, ""), (500, "-500k"), (1000, "-1000k"))}
     groups = {group: {name: values for name, values in rows.items() if values} for group, rows in groups.items()}
     return {group: rows for group, rows in groups.items() if rows}
 

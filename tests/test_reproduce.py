@@ -48,8 +48,8 @@ def test_a_run_brings_what_it_builds_on_and_is_never_repeated(commands, tmp_path
 
 
 def test_flags_of_a_run_come_after_the_common_ones(commands, tmp_path):
-    reproduce.one("c3-200k", 0, tmp_path)
-    assert [commands[0][i + 1] for i, word in enumerate(commands[0]) if word == "--tokens"] == ["400000", "200000"]
+    reproduce.one("c3-500k", 0, tmp_path)
+    assert [commands[0][i + 1] for i, word in enumerate(commands[0]) if word == "--tokens"] == ["250000", "500000"]
 
 
 def test_means_and_errors_are_scipys(tmp_path):
