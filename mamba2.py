@@ -218,6 +218,8 @@ def causal_conv(u, weight, mask=None, memory=None):
     if mask is None:
         u = F.pad(u, (0, 0, before, 0)) if memory is None else torch.cat([memory, u], dim=1)
         memory = u[:, T:]                                                               # (B, W-1, E)
+        if T == 1:                                        # decoding: one product, a tenth of the time below
+            return (u * weight.mT).sum(1, keepdim=True), memory
     else:
         taps = torch.arange(before, device=u.device)
         first = mask.int().argmax(1, keepdim=True)                                      # (B, 1), 0 if none

@@ -22,7 +22,7 @@ def commands(tmp_path, monkeypatch):
             marks = {f: "10" for families in SUITES.values() for f in families}
             return subprocess.CompletedProcess(command, 0, stdout=f"a warning\n{json.dumps(marks)}\n")
         folder = tmp_path / "out" / "reproduce" / command[command.index("--out") + 1].split("/")[-1]
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "model.safetensors").touch()
     monkeypatch.setattr(reproduce.subprocess, "run", run)
     monkeypatch.setattr(reproduce, "HERE", tmp_path)
