@@ -20,7 +20,7 @@ and the rotary base is 100, for with Qwen's 5,000,000 and 16 frequencies neighbo
 The log is of one run, two processes on two cores. In its first 66 minutes pages also held several values of one kind
 (up to four items with prices; four named bars) and asked for one of them, and until minute 81 two shapes were to be
 compared (above or below?): both stayed at chance. Then the world became what synthdoc.py says. The lesson "questions"
-came in two parts, of 15 minutes with a third of scenes and of 10 minutes with more of them.
+came in three parts, of 15 minutes with a third of scenes, 10 with more of them, and 6 with digits and places as below.
 
 Pages vary in size, so that position table and rotary learn to interpolate. A run goes on from --out's train.pt when
 there is one. Evaluation pages (split "eval") and the handwritten digits held out for them are never drawn.
@@ -145,7 +145,7 @@ LESSONS = [
     Lesson("pages", 0.88, 1.0, 1, True,
            dict(receipt=.22, chart=.22, scene=.22, form=.08, sign=.08, digits=.08, drill=.05, text=.05)),
     Lesson("questions", 1.0, 0.5, 2, False,
-           dict(scene=.6, receipt=.08, chart=.08, form=.08, sign=.06, digits=.07, text=.03)),
+           dict(scene=.55, receipt=.05, chart=.05, form=.1, sign=.05, digits=.17, text=.03)),
 ]
 
 
@@ -162,7 +162,7 @@ class Lessons(World):
             page = drill(rng, self.cells, crowded=kind == "crowd")
         elif kind == "scene":
             page = scene(rng, self.cells, "train")
-            for ask, most in ((colour, 2), (shape, 3), (count, 1), (relation, 2)):
+            for ask, most in ((colour, 1), (shape, 2), (count, 1), (relation, 4)):
                 asked = ask(page)
                 page.questions += [asked[i] for i in rng.permutation(len(asked))[:most]]
             page.questions = [page.questions[i] for i in rng.permutation(len(page.questions))]
@@ -293,7 +293,7 @@ def optimisers(model, heads):
 def main():
     p = argparse.ArgumentParser()
     p.add_argument("--out", default="out/teacher")
-    p.add_argument("--minutes", type=float, default=91, help="of the whole schedule, 'eyes' included")
+    p.add_argument("--minutes", type=float, default=97, help="of the whole schedule, 'eyes' included")
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=1)
