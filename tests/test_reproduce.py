@@ -85,6 +85,13 @@ def test_where_pairs_the_same_questions_of_the_same_seed():
     plain = [100 * (runs["c4"][s]["chart"].count("1") - runs["c3"][s]["chart"].count("1")) / 400 for s in (1, 2)]
     assert np.allclose(chart, plain)
     bins = groups["by share of the page that is marked (questions)"]
+    full, changes = {suite: reproduce.fullness(suite) for suite in SUITES}, []
+    for suite, families in SUITES.items():                # question i is the i // n-th of its family
+        for i in range(reproduce.QUESTIONS):
+            family, k = families[i % len(families)], i // len(families)
+            if full[suite][i] < .03:
+                changes.append(100 * (int(runs["c4"][1][family][k]) - int(runs["c3"][1][family][k])))
+    assert len(changes) > 50 and np.isclose(next(iter(bins.values()))[0], np.mean(changes))
     sizes = [int(name.split("(")[1][:-1]) for name in bins]
     assert sum(sizes) == 2 * reproduce.QUESTIONS
     total = sum(n * np.array(v) for n, v in zip(sizes, bins.values())) / sum(sizes)
