@@ -85,13 +85,12 @@ class Sample:
             for part in parts:
                 if part["type"] not in ("text", "image") or not isinstance(part.get("text", ""), str):
                     raise BadSample(f"{where} has a content part that is neither text nor image.")
-                if unwritable(part.get("text", "")):
-                    raise BadSample(f"{where} has text that is not Unicode (half of a surrogate pair).")
             images += (shown := sum(p["type"] == "image" for p in parts))
             if shown and role in ("system", "assistant"):
                 raise BadSample(f"{where} has an image in the {role}'s turn; only a user shows one.")
-        if any(unwritable(p.get("text", "")) for answer in (self.chosen, self.rejected) for p in answer or ()):
-            raise BadSample(f"{where} has an answer that is not Unicode (half of a surrogate pair).")
+        contents = [m["content"] for m in self.messages] + [self.chosen or [], self.rejected or []]
+        if any(unwritable(part.get("text", "")) for content in contents for part in content):
+            raise BadSample(f"{where} has text that is not Unicode (half of a surrogate pair).")
         if not self.messages or images != len(self.images):
             raise BadSample(f"{where} has {len(self.messages)} messages with {images} image markers, and "
                             f"{len(self.images)} images.")
@@ -685,9 +684,9 @@ class Mixture:
 
 
 def read_recipe(path):
-    """{"sources": [{"name", "path", "weight", "images"}], "samples", "seed"} -> Mixture. Paths are relative to
-    the recipe's folder; `images` is where those of a source lie, if not beside its file. A weight is a share in samples; without one it is Table 12's, if the name is there, or
-    the source's size."""
+    """{"sources": [{"name", "path", "weight", "images"}], "samples", "seed"} -> Mixture. Paths are relative to the
+    recipe's folder; `images` is where those of a source lie, if not beside its file. A weight is a share in samples;
+    without one it is Table 12's, if the name is there, or the source's size."""
     path = Path(path)
     recipe = read_json(path)
     only(recipe, ("sources", "samples", "seed"), path, needed=("sources",))

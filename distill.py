@@ -115,7 +115,7 @@ class DistillSettings(Settings):
     mixer: str = setting("", "mamba2, gdn or FILE.py:CLASS; empty: as the condition says")
     keep_every: int = setting(4, "attention stays in every so-many-th layer (ledger 1)", low=2)
     init: str = setting("default", "of the mixers' new parameters; paper: all N(0, 0.02) (ledger 3)", ["default", "paper"])
-    feed: str = setting("own", "what a student layer reads in Stages 1/2 (ledger 4)", ["own", "teacher"])
+    feed: str = setting("teacher", "whose stream a student layer reads in Stages 1/2 (ledger 4)", ["teacher", "own"])
     stages: str = setting("10/30/60", "per cent of the budget for Stages 1, 2 and 3")
     stage3: str = setting("mixers", "what Stage 3 trains: 4.1 says the full model, C.3 only mixers (ledger 5)",
                           ["mixers", "full"])
@@ -176,12 +176,13 @@ def drift(s, r):
     return d.square().sum(-1)
 
 
-def lockstep(teacher, student, replaced, e, mask, align="residual", feed="own", grad=True):
+def lockstep(teacher, student, replaced, e, mask, align="residual", feed="teacher"):
     """Teacher and student through the decoder side by side -> error (S, B, T), one row for each replaced layer.
 
     e: the Embedded they share. align: "residual" compares the streams after each replaced layer (Eq. 4 before its
-    sums over l and p), "output" what the mixers put out (C2). feed: the student's layer reads its own stream or the
-    teacher's. No stack of streams is kept, and the walk ends at the last replaced layer.
+    sums over l and p), "output" what the mixers put out (C2). feed: a replaced layer reads the teacher's stream, so
+    that each learns from clean input, or the student's own, where errors add up as they do at inference. No stack of
+    streams is kept, and the walk ends at the last replaced layer.
     """
     r = s = e.x                                                                         # (B, T, D)
     error = []
@@ -200,6 +201,11 @@ def lockstep(teacher, student, replaced, e, mask, align="residual", feed="own", 
         r, s = r_next, s_next
 
 
+def following(labels):
+    """The label of the next token at every position, which is what a position predicts: (B, T) -> (B, T)."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
 def fisher_scores(teacher, replaced, e, mask, labels):
     """The empirical Fisher's diagonal, || d R_x / d r[l, p] ||^2 at S* (B.3), of all samples of a batch at once.
 
@@ -214,10 +220,10 @@ def fisher_scores(teacher, replaced, e, mask, labels):
                 streams.append(r)
             if i < len(e.deepstack):
                 r = r + e.deepstack[i]
-        following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        rows = following != IGNORED
+        target = following(labels)
+        rows = target != IGNORED
         hidden = teacher.norm(r)[rows]
-        _, nll = kd_sums(hidden, hidden.detach(), following[rows], teacher.lm_head, teacher.lm_head)
+        _, nll = kd_sums(hidden, hidden.detach(), target[rows], teacher.lm_head, teacher.lm_head)
         gradients = torch.autograd.grad(nll, streams)
     return torch.stack([g.float().square().sum(-1) for g in gradients])
 
@@ -329,15 +335,15 @@ class Distillation:
         return loss, int(batch.mask.sum()), dict(drift=plain.sum(), drift_top1=top)
 
     def kd(self, batch, vision):
-        following = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)                   # label of the next token
-        rows = following != IGNORED
+        target = following(batch.labels)
+        rows = target != IGNORED
         if self.s.kl == "text":
             rows = F.pad(batch.mask[:, 1:] & (batch.ids[:, 1:] != self.student.config.image_token_id), (0, 1))
         inputs = (batch.ids, batch.mask, None, batch.grids, vision)
         with torch.no_grad():
             h_t = self.teacher.hidden(*inputs)[rows]                                    # (n, D)
         h_s = self.student.hidden(*inputs)[rows]
-        kl, ce = kd_sums(h_s, h_t, following[rows], self.student.lm_head, self.teacher.lm_head)
+        kl, ce = kd_sums(h_s, h_t, target[rows], self.student.lm_head, self.teacher.lm_head)
         loss = self.s.lambda_kl * kl + self.s.lambda_ce * ce                            # Eq. 1
         return loss, int(rows.sum()), dict(kl=kl.detach(), ce=ce.detach())              # one count for both
 
@@ -710,11 +716,12 @@ def dry_run(s):
           "attention layers replaced")
     for stage, count in enumerate((new, mixers, trained) if objective.cond.align else (0, 0, trained), 1):
         print(f"Stage {stage} trains {count / 1e6:,.1f} M parameters" if count else f"Stage {stage} is skipped")
-    needs(s, s.teacher, dict(teacher.named_parameters()), objective.parameters())
+    needs(s, s.teacher, dict(teacher.named_parameters()), objective.parameters(), drifts=1)
 
 
-def needs(s, folder, frozen, trained):
-    """Prints steps, memory and missing files of a run. frozen, trained: {name: parameter}, of any device."""
+def needs(s, folder, frozen, trained, drifts=0):
+    """Prints steps, memory and missing files of a run. frozen, trained: {name: parameter}, of any device; drifts:
+    how many copies of each layer's stream are kept in fp32 besides, for the alignment of Stages 1/2."""
     c, folder = Config.from_folder(folder).text, Path(folder)
     device = torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     width, world = precision(s, device).itemsize, int(os.environ.get("WORLD_SIZE", 1)) if s.shard else 1
@@ -722,11 +729,11 @@ def needs(s, folder, frozen, trained):
     def share(named):                                     # of the parameters that one device holds
         return sum(p.numel() / (world if ".self_attn." in n or ".mlp." in n else 1) for n, p in named.items())
     # Kept for the backward pass, a layer and position: the streams, the norms' inputs, the mixer's projections and
-    # the three products of the MLP; with --recompute the stream alone. Stages 1/2 keep the drift in fp32 as well.
+    # the three products of the MLP; with --recompute the stream alone.
     D, L = c.hidden_size, c.num_hidden_layers
     row = D if s.recompute else 8 * D + 3 * c.intermediate_size + 6 * c.num_attention_heads * c.head_dim
     rows = dict(frozen=share(frozen) * width, trained=share(trained) * 16,        # master, gradient, two moments
-                activations=s.micro_tokens * L * (row * width + 4 * D * hasattr(s, "cond")), head=3 * 512 * c.vocab_size * 4)
+                activations=s.micro_tokens * L * (row * width + 4 * D * drifts), head=3 * 512 * c.vocab_size * 4)
     GB = 2 ** 30
     print(f"{s.tokens:,} tokens in about {math.ceil(s.tokens / s.batch_tokens):,} steps of {s.batch_tokens:,}"
           if s.tokens else f"one epoch in steps of {s.batch_tokens:,} tokens; how many, the data will tell")

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data import IGNORED, BadSample, NoPreference, Processor, read_data
-from distill import Ranks, Settings, load_model, needs, parse, precision, run, setting, shard, start
+from distill import Ranks, Settings, following, load_model, needs, parse, precision, run, setting, shard, start
 from model import Config, Qwen3VL
 from synthdoc import World
 
@@ -100,10 +100,10 @@ def token_logps(hidden, target, head, chunk=512):
 
 def answer_logps(model, batch, vision=None):
     """log p of every supervised token of a batch, row by row -> (n,), and how many each row has (B,)."""
-    following = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)                       # (B, T), next token's
-    at = following != IGNORED                                                           # (B, T)
+    target = following(batch.labels)
+    at = target != IGNORED                                                              # (B, T)
     hidden = model.hidden(batch.ids, batch.mask, None if vision else batch.pixels, batch.grids, vision)
-    return token_logps(hidden[at], following[at], model.lm_head), at.sum(1)
+    return token_logps(hidden[at], target[at], model.lm_head), at.sum(1)
 
 
 def dpo_loss(pi_c, pi_r, ref_c, ref_r, beta):

@@ -547,7 +547,7 @@ def test_other_settings_do_not_go_on_with_a_run(teacher, tmp_path, monkeypatch):
     train(settings(teacher, tmp_path), monkeypatch)
     kept = checkpoint(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        train(settings(teacher, tmp_path, lr=2e-3, feed="teacher"), monkeypatch)
+        train(settings(teacher, tmp_path, lr=2e-3, feed="own"), monkeypatch)
     assert all(x in stop.value.code for x in (str(tmp_path), "--lr 0.001 there, 0.002 here", "--feed", "--out"))
     train(settings(teacher, tmp_path, save_every=7, workers=1), monkeypatch)             # these are free to change
     same = checkpoint(tmp_path)

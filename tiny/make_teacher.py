@@ -103,7 +103,6 @@ def write_folder(out):
             model_max_length=4096, clean_up_tokenization_spaces=False)}
     for name, content in files.items():
         (out / name).write_text(json.dumps(content, indent=2) + "\n")
-    return config
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -214,6 +213,12 @@ def waves(x, most):
     return torch.cat((angle.sin(), angle.cos()), dim=-1)
 
 
+def places(rows, cols, most):
+    """The waves of each row and column of a grid, side by side: (R,), (C,) -> (R, C, 4 * most)."""
+    down, across = waves(rows, most)[:, None], waves(cols, most)[None]
+    return torch.cat((down.expand(-1, len(cols), -1), across.expand(len(rows), -1, -1)), dim=-1)
+
+
 class Heads(nn.Module):
     """The exercise's own heads: what a patch shows, from its features and from its visual token, and where it is."""
 
@@ -229,8 +234,7 @@ class Heads(nn.Module):
         weight[0] = 0.1                                   # most of a page is empty
         a = F.cross_entropy(self.patch(out.patches), names, weight)
         b = F.cross_entropy(self.token(out.tokens).view(-1, len(CLASSES)), names, weight)
-        row, col = ((2 * torch.arange(n) + 0.5) / (2 * n - 1) for n in grid)
-        place = torch.cat((waves(row, 6)[:, None].expand(-1, len(col), -1), waves(col, 6).expand(len(row), -1, -1)), -1)
+        place = places(*((2 * torch.arange(n) + 0.5) / (2 * n - 1) for n in grid), most=6)
         c = (self.place(out.tokens).view(-1, *place.shape) - place).square().mean()
         return a + b + c, (self.patch(out.patches).argmax(-1) == names)[names > 0].float().mean()
 
@@ -248,9 +252,8 @@ def initialise(model):
             p.data.zero_()
     table = model.visual.pos_embed.weight.data            # rows and columns as waves in half of the channels
     side, most = round(len(table) ** 0.5), table.shape[1] // 8
-    wave = 0.5 * waves(torch.linspace(0, 1, side), most)
-    table.view(side, side, -1)[..., :4 * most] = torch.cat(
-        (wave[:, None].expand(-1, side, -1), wave.expand(side, -1, -1)), -1)
+    along = torch.linspace(0, 1, side)
+    table.view(side, side, -1)[..., :4 * most] = 0.5 * places(along, along, most)
 
 
 class Muon(torch.optim.Optimizer):
@@ -304,7 +307,7 @@ def main():
     if world > 1:
         dist.init_process_group("gloo")
     if rank == 0:
-        config = write_folder(out)
+        write_folder(out)
     if world > 1:
         dist.barrier()
     config = Config.from_folder(out)
