@@ -128,6 +128,7 @@ class DistillSettings(Settings):
     beta: float = setting(2.0, "text density over the mean visual density (Algorithm 1)", low=0)
     minmax: str = setting("all", "normalise before or after the text value enters (ledger 7)", ["all", "visual"])
     density_cache: str = setting("", "file that `density.py --cache` wrote for this data and teacher (c4)")
+    suite: str = setting("", "of the embedded world to train on; empty: its mixture", ["", "reading", "reasoning", "regimes"])
     k: float = setting(25.0, "per cent of positions that the topk and random weights raise (A.8)", low=0, high=100)
     questions: int = setting(256, "evaluation questions a suite at the end, on the embedded world; 0: none", low=0)
 
@@ -758,7 +759,9 @@ def main(argv=None):
         if s.dry_run:
             return dry_run(s)
         ranks = start(s)
-        dataset = read_data(s.data) if s.data else World("train", s.seed)
+        if s.data and s.suite:
+            raise ValueError(f"--suite {s.suite} is part of the embedded world, which --data {s.data} takes the place of")
+        dataset = read_data(s.data) if s.data else World("train", s.seed, s.suite or None)
         teacher, student, processor = build(s, torch.device("cpu") if s.shard else ranks.device)
         if s.shard:
             shard(ranks, teacher, student)

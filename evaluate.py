@@ -443,6 +443,7 @@ BENCHMARKS = {
         lambda row: f"{row['question']}\n{listed(row['options'])}\n{LETTER}.",
         gold=lambda row: string.ascii_uppercase[int(row["answer"])]),
     "reasoning": Benchmark("reasoning", "reasoning", 16, exact, "answer"),
+    "regimes": Benchmark("regimes", "fine", 16, exact, "answer"),
     "mmmu_pro_standard": Benchmark(
         "MMMU-Pro", "reasoning", 256, mmmu, "options answer", ask_mmmu, "id", mmmu_images),
     "mmmu_pro_vision": Benchmark("MMMU-Pro", "reasoning", 256, mmmu_vision, "answer", ask_mmmu, "id"),
@@ -458,7 +459,7 @@ BENCHMARKS = {
         "question_type answer_type choices precision answer", ask_mathvista, "pid",
         lambda row: ["decoded_image"], part=lambda row: row["answer_type"]),
 }
-EMBEDDED = ("reading", "reasoning")
+EMBEDDED = ("reading", "reasoning", "regimes")            # the first two are asked by default
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -568,10 +569,10 @@ def evaluate_models(models, processor, n=None, benches=None, seed=0, batch_size=
     """Asks every model the same questions. Returns {name: [records]}, what `table` and `gallery` take.
 
     models: {name: a Qwen3VL, or a folder that is loaded when its turn comes}. benches: {benchmark: path, or
-    None for an embedded suite}, by default both suites. n: questions of each (None: 500 embedded ones, all of
+    None for an embedded suite}, by default reading and reasoning. n: questions of each (None: 500 embedded ones, all of
     a file). max_new_tokens: a cap below each benchmark's own. keep: a folder in which answers-MODEL.jsonl grows as
     the replies come, for they may take hours."""
-    results, benches = {}, benches or dict.fromkeys(EMBEDDED)
+    results, benches = {}, benches or dict.fromkeys(EMBEDDED[:2])
     for name, path in benches.items():                     # a missing column shows before the first answer
         if path is not None:
             next(file_questions(name, path, 1), None)

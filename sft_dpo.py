@@ -70,15 +70,15 @@ class DPOSettings(SFTSettings):
 
 
 SFT_DEFAULTS = {                # embedded world, real data (Table 11)
-    "tokens":       (300_000,           0),
-    "batch_tokens": (5_000,             1_000_000),
-    "micro_tokens": (5_000,             16_384),
-    "lr":           (3e-4,              5e-6),
+    "tokens":       (150_000,           0),
+    "batch_tokens": (1_250,             1_000_000),
+    "micro_tokens": (1_250,             16_384),
+    "lr":           (1e-3,              5e-6),
 }
 DPO_DEFAULTS = {
-    "tokens":       (200_000,           0),
-    "batch_tokens": (5_000,             500_000),
-    "micro_tokens": (5_000,             16_384),
+    "tokens":       (100_000,           0),
+    "batch_tokens": (2_500,             500_000),
+    "micro_tokens": (2_500,             16_384),
     "lr":           (1e-4,              1e-6),
 }
 

@@ -14,13 +14,18 @@ perception, where a few patches carry the answer, and reasoning, which a blurred
                 shape                                                    which shape is red? -> circle
                 count                                                    how many shapes? -> 3
                 relation                                                 red at the top or at the bottom? -> top
+    regimes     smooth     blurred shapes among sharp lines of text      colour of the circle? -> red
+                textured   a receipt among blocks of hard noise          price of milk? -> 4.75
     (text)      text       no page                                       plain English, all of it supervised
+
+The regimes are no part of the training mixture: they are where density should misrank positions (App. A, "where
+HEED helps less"), because the answer stands in a smooth place, or what stands out is of no use.
 
 It asks for what a teacher of 2.9 M parameters can master, for a teacher that guesses is no measure of its students:
 a page holds one value of a kind, and a shape is compared with the page, since look-ups among lines of one kind and
-comparisons of two shapes stayed at chance through 150 minutes of lessons. Every sample is a pure function of (split, seed, index). The splits share neither random streams nor
-handwritten digits: the scans (tiny/digits.npz: 1,797 of the UCI optical digits, CC BY 4.0, as shipped with
-scikit-learn) are divided, the last 500 being for evaluation only.
+comparisons of two shapes stayed at chance through 150 minutes of lessons. Every sample is a pure function of (split,
+seed, index). The splits share neither random streams nor handwritten digits: the scans (tiny/digits.npz: 1,797 of the
+UCI optical digits, CC BY 4.0, as shipped with scikit-learn) are divided, the last 500 being for evaluation only.
 
     python synthdoc.py out.png            # a contact sheet of every family
 
@@ -34,7 +39,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from data import Sample
 
@@ -52,6 +57,7 @@ SHAPES = "circle square triangle".split()
 COLOURS = dict(red=(208, 44, 44), green=(40, 150, 66), blue=(48, 88, 205), yellow=(233, 196, 40),
                purple=(140, 60, 170), black=(36, 36, 40))
 SUITES = dict(reading="receipt form sign chart digits".split(), reasoning="colour shape count relation".split())
+REGIMES = dict(regimes="smooth textured".split())
 TRAIN_SHARES = dict(reading=0.55, reasoning=0.30, text=0.15)          # of samples; the rest of the world is Table 12
 HELD_OUT_DIGITS = 500
 
@@ -277,7 +283,40 @@ def relation(page):
     return asked
 
 
-DRAW = dict(receipt=receipt, form=form, sign=sign, chart=chart, digits=digits)
+def asked_scene(rng, cells, split, ask):
+    """A scene about which `ask` finds something to ask: a lone shape may have no relation."""
+    page = scene(rng, cells, split)
+    while not (asked := ask(page)):
+        page = scene(rng, cells, split)
+    page.questions = asked
+    return page
+
+
+def smooth(rng, cells, split):
+    """A scene out of focus, and sharp lines of text that nobody asks about."""
+    page = asked_scene(rng, cells, split, colour)
+    page.canvas = np.asarray(page.image.filter(ImageFilter.GaussianBlur(3)), np.float32).copy()
+    shown = {row for _, _, y0, _, y1 in page.marks for row in range(y0 // CELL, y1 // CELL + 1)}
+    for row in rng.permutation([row for row in range(cells[0]) if row not in shown])[:3]:
+        line = f"{rng.choice(ITEMS)} {code(rng)}"
+        write(page, rng, line, int(row), int(rng.integers(0, cells[1] - 6 + 1)), dark(rng))
+        page.lines.append(line)
+    return page
+
+
+def textured(rng, cells, split):
+    """A receipt, with some blocks of hard noise where no character is near."""
+    page = receipt(rng, cells, split)
+    near = {(y // CELL + dy, x // CELL + dx) for _, x0, y0, x1, y1 in page.marks for y in (y0, y1 - 1)
+            for x in (x0, x1 - 1) for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
+    for row, col in np.ndindex(cells):
+        if (row, col) not in near and rng.random() < 0.08:
+            checks = 110 + 125 * rng.integers(0, 2, (4, 4, 1)).repeat(4, 0).repeat(4, 1)
+            page.canvas[row * CELL:(row + 1) * CELL, col * CELL:(col + 1) * CELL] = checks
+    return page
+
+
+DRAW = dict(receipt=receipt, form=form, sign=sign, chart=chart, digits=digits, smooth=smooth, textured=textured)
 ASK = dict(colour=colour, shape=shape, count=count, relation=relation)
 
 SENTENCES = ["{name} bought {item} and {item2} in {city} .", "the {sign} is near the {street} road in {city} .",
@@ -316,17 +355,18 @@ def near_miss(rng, answer):
 class World:
     """A sequence of data.Sample, each a pure function of (split, seed, index).
 
-    Args: split "train" or "eval"; seed; suite "reading", "reasoning", one family's name, or None for the training
-    mixture; cells (rows, columns) of a page, 100 visual tokens by default; questions per page at most; pairs=True
+    Args: split "train" or "eval"; seed; suite "reading", "reasoning", "regimes", one family's name, or None for the
+    training mixture; cells (rows, columns) of a page, 100 visual tokens by default; questions per page at most; pairs=True
     adds chosen and rejected answers (DPO); length of the sequence.
     Raises ValueError on an unknown split or suite.
     """
 
     def __init__(self, split, seed=0, suite=None, cells=(10, 10), questions=3, pairs=False, length=1_000_000):
-        families = [f for s in SUITES.values() for f in s] + ["text"]
-        if split not in ("train", "eval") or not (suite is None or suite in SUITES or suite in families):
+        suites = SUITES | REGIMES
+        families = [f for s in suites.values() for f in s] + ["text"]
+        if split not in ("train", "eval") or not (suite is None or suite in suites or suite in families):
             raise ValueError(f"no split {split!r} or suite {suite!r}; splits are train and eval, suites are "
-                             f"{', '.join(SUITES)} or one of {', '.join(families)}")
+                             f"{', '.join(suites)} or one of {', '.join(families)}")
         if cells[0] < 3 or cells[1] < 7:
             raise ValueError(f"a page of {cells[0]} x {cells[1]} cells is too small for a form; 3 x 7 is the least")
         self.split, self.seed, self.suite, self.cells = split, seed, suite, cells
@@ -342,16 +382,14 @@ class World:
         suite = self.suite
         if suite is None:
             suite = str(rng.choice(list(TRAIN_SHARES), p=list(TRAIN_SHARES.values())))
-        return SUITES[suite][index % len(SUITES[suite])] if suite in SUITES else suite
+        families = (SUITES | REGIMES).get(suite, [suite])
+        return families[index % len(families)]
 
     def page(self, rng, family):
         if family in DRAW:
             page = DRAW[family](rng, self.cells, self.split)
         else:
-            page = scene(rng, self.cells, self.split)
-            while not (asked := ASK[family](page)):       # a lone shape has no relation to ask about
-                page = scene(rng, self.cells, self.split)
-            page.questions = asked
+            page = asked_scene(rng, self.cells, self.split, ASK[family])
         page.questions = [page.questions[i] for i in rng.permutation(len(page.questions))[:self.questions]]
         return page
 
@@ -386,14 +424,14 @@ def drawn(world, index):
 
 
 def contact_sheet(path, seed=0):
-    families = [f for s in SUITES.values() for f in s]
-    sheet = Image.new("RGB", (len(families) * 168 + 8, 3 * 186 + 8), "white")
+    families = [f for s in (SUITES | REGIMES).values() for f in s]
+    sheet = Image.new("RGB", (len(families) * 168 + 8, 3 * 198 + 8), "white")
     for i, family in enumerate(families):
         for j in range(3):
             sample = World("train", seed, family)[j]
-            sheet.paste(sample.images[0], (8 + 168 * i, 8 + 186 * j))
-            caption = f"{sample.messages[0]['content'][1]['text']} {sample.messages[1]['content'][0]['text']}"
-            ImageDraw.Draw(sheet).text((8 + 168 * i, 170 + 186 * j), caption, fill="black",
+            sheet.paste(sample.images[0], (8 + 168 * i, 8 + 198 * j))
+            caption = f"{sample.messages[0]['content'][1]['text']}\n{sample.messages[1]['content'][0]['text']}"
+            ImageDraw.Draw(sheet).text((8 + 168 * i, 170 + 198 * j), caption, fill="black",
                                        font=ImageFont.load_default(9))
     sheet.save(path)
 
