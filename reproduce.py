@@ -6,8 +6,8 @@
 
 A run is one command of `distill.py` or `sft_dpo.py` in a process of its own and one judgement of its student on
 evaluation pages, which training never draws. What is kept of it is results/<run>.json: the command and one 0 or 1 per
-question, so that any two runs can be paired. A run with its file is not repeated, and one that was interrupted goes on from its
-checkpoint. All conditions have the same budget, settings, data order and initial mixers for the same seed; nothing
+question, so that any two runs can be paired. A run with its file is not repeated, and one that was interrupted goes
+on from its checkpoint. All conditions have the same budget, settings, data order and initial mixers for the same seed; nothing
 was chosen by looking at these pages.
 """
 import argparse
@@ -24,7 +24,7 @@ from threading import Lock
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from synthdoc import CELL, SUITES, World
+from synthdoc import CELL, REGIMES, SUITES, World
 
 TOKENS, QUESTIONS = 250_000, 2_000                        # of a distillation; a suite
 HERE = Path(__file__).parent
@@ -45,8 +45,13 @@ TABLES = {
         f"{c}{k}": f"--cond {c} --k {k}" for k in (10, 25, 50) for c in ("topk", "random")}),
     "budget": ("Where density helps: token budget", {
         f"{c}-{k}k": f"--cond {c} --tokens {k}000" for k in (100, 500, 1000) for c in ("c3", "c4")}),
+    "state": ("Where density helps: attention in every second or eighth layer", {
+        f"{c}-keep{k}": f"--cond {c} --keep-every {k}" for k in (2, 8) for c in ("c3", "c4")}),
+    "regimes": ("A: pages on which density misranks, by family", {
+        f"{c}-regimes": f"--cond {c} --suite regimes" for c in ("c1", "c3", "c4", "c5")}),
 }
 FLAGS = {name: flags for _, rows in TABLES.values() for name, flags in rows.items()}
+COLUMNS = SUITES | {family: [family] for family in REGIMES["regimes"]}
 # (better, worse) as the paper has it, and the paper's difference on OCRBench v2
 PAIRS = [("c2", "c1", 2.6), ("c3", "c2", 1.4), ("c4", "c3", 4.7), ("c5", "c4", 0.6), ("c6", "c4", 0.7),
          ("c4", "no-residual", 2.5), ("c4", "no-density", 2.6), ("c4", "ld", 0.6), ("c4", "sl", 1.1),
@@ -56,16 +61,19 @@ PAIRS = [("c2", "c1", 2.6), ("c3", "c2", 1.4), ("c4", "c3", 4.7), ("c5", "c4", 0
          ("c1-full", "c1", None), ("c3-full", "c3", None), ("c4-full", "c4", None), ("c4-visual", "c4", None),
          ("c1-paper", "c1", None), ("c3-paper", "c3", None), ("c4-paper", "c4", None),
          ("c4-100k", "c3-100k", None), ("c4-500k", "c3-500k", None), ("c4-1000k", "c3-1000k", None),
+         ("c4-keep2", "c3-keep2", None), ("c4-keep8", "c3-keep8", None), ("c3-regimes", "c1-regimes", None),
+         ("c4-regimes", "c3-regimes", None), ("c5-regimes", "c4-regimes", None),
          ("topk10", "random10", 2.5), ("topk25", "random25", 5.2), ("topk50", "random50", 4.7)]
 
 
-def judge(folder):
+def judge(folder, suites):
     """-> {family: string of 0 and 1, a question each}, the evaluation world's first QUESTIONS a suite."""
     import torch
     from data import Processor
     from evaluate import evaluate_models
     torch.set_num_threads(1)
-    records = evaluate_models({"model": folder}, Processor(folder), QUESTIONS, dtype=torch.float32)["model"]
+    benches, processor = dict.fromkeys(suites), Processor(folder)
+    records = evaluate_models({"model": folder}, processor, QUESTIONS, benches, dtype=torch.float32)["model"]
     marks = {}
     for r in records:
         marks[r["part"]] = marks.get(r["part"], "") + str(int(r["score"]))
@@ -96,8 +104,9 @@ def one(name, seed, results, wanted="result"):
             subprocess.run([sys.executable, *command], cwd=HERE, env=environment, check=True, stdout=log, stderr=log)
             if file.exists():                             # judged before; only its folder was wanted
                 return
-            marks = subprocess.run([sys.executable, "reproduce.py", "--judge", str(out)], cwd=HERE, env=environment,
-                                   check=True, stdout=subprocess.PIPE, stderr=log, text=True).stdout
+            suites = REGIMES if "--suite regimes" in flags else SUITES
+            marks = subprocess.run([sys.executable, "reproduce.py", "--judge", str(out), *suites], cwd=HERE,
+                                   env=environment, check=True, stdout=subprocess.PIPE, stderr=log, text=True).stdout
         keep(file, dict(run=name, flags=flags, seed=seed, marks=json.loads(marks.splitlines()[-1])))
 
 
@@ -111,8 +120,9 @@ def keep(file, stored):
 
 
 def scores(marks):
-    """Suites' exact match in per cent, from the marks of one run."""
-    return {suite: 100 * np.mean([int(c) for f in families for c in marks[f]]) for suite, families in SUITES.items()}
+    """Exact match in per cent of one run: of each suite, but of the regimes by family, for they differ in kind."""
+    return {name: 100 * np.mean([int(c) for f in families for c in marks[f]]) for name, families in COLUMNS.items()
+            if set(families) <= set(marks)}
 
 
 def mean_error(values):
@@ -162,6 +172,11 @@ def where(marks):
     groups["by token budget, mean of the suites"] = {
         f"{k},000": gains(f"c4{end}", f"c3{end}", lambda m: np.mean(list(scores(m).values())) / 100)
         for k, end in ((100, "-100k"), (TOKENS // 1000, ""), (500, "-500k"), (1000, "-1000k"))}
+    groups["by share of layers that keep attention, mean of the suites"] = {
+        f"1 of {k}": gains(f"c4{end}", f"c3{end}", lambda m: np.mean(list(scores(m).values())) / 100)
+        for k, end in ((2, "-keep2"), (4, ""), (8, "-keep8"))}
+    groups["where density misranks (trained on such pages)"] = {
+        f: gains("c4-regimes", "c3-regimes", lambda m: np.mean([int(c) for c in m[f]])) for f in REGIMES["regimes"]}
     groups = {group: {name: values for name, values in rows.items() if values} for group, rows in groups.items()}
     return {group: rows for group, rows in groups.items() if rows}
 
@@ -204,33 +219,32 @@ def write(results):
         marks.setdefault(stored["run"], {})[stored["seed"]] = stored["marks"]
     lines = ["# Results on the embedded world", "",
              f"Written by `python reproduce.py --write` from `results/`. Exact match in per cent on {QUESTIONS} "
-             f"evaluation questions a suite; students after {TOKENS:,} tokens; ± is the standard deviation over seeds "
-             "in the tables and the standard error of the paired difference below them.", ""]
+             f"evaluation questions a suite; students after {TOKENS:,} tokens. ± is the standard deviation over seeds "
+             "and, of differences, the standard error; these are paired: same seed, data order and initial mixers.", ""]
 
-    def row(name, flags):
-        seeds = runs.get(name, {})
-        if seeds:
-            cells = [spread(*mean_error([v[s] for v in seeds.values()])[:2]) for s in SUITES]
-            lines.append(f"| {name} | `{flags}` | {len(seeds)} | " + " | ".join(cells) + " |")
+    home = {name: key for key, (_, rows) in reversed(TABLES.items()) for name in rows}          # its first table
     for key, (title, rows) in TABLES.items():
-        if any(name in runs for name in rows):
-            lines += [f"## {title}", "", "| run | flags | seeds | " + " | ".join(SUITES) + " |", "|---" * (3 + len(SUITES)) + "|"]
-            row("teacher", "")
-            for name, flags in rows.items():
-                row(name, flags)
-            lines.append("")
-    lines += ["## Paired differences", "", "Same seed, data order and initial mixers on both sides.", "",
-              "| difference | seeds | " + " | ".join(SUITES) + " | the paper, OCRBench v2 |", "|---" * (3 + len(SUITES)) + "|"]
-    for a, b, paper in PAIRS:
-        if shared := sorted(set(runs.get(a, ())) & set(runs.get(b, ()))):
-            cells = []
-            for s in SUITES:
-                mean, _, error = mean_error([runs[a][k][s] - runs[b][k][s] for k in shared])
-                cells.append(spread(mean, error, "+"))
-            lines.append(f"| {a} − {b} | {len(shared)} | " + " | ".join(cells) + (" | |" if paper is None else f" | {paper:+.1f} |"))
+        if not any(name in runs for name in rows):
+            continue
+        columns = list(REGIMES["regimes"] if key == "regimes" else SUITES)
+        head, line = " | ".join(columns), "|---" * (3 + len(columns)) + "|"
+        lines += [f"## {title}", "", f"| run | flags | seeds | {head} |", line]
+        for name, flags in {"teacher": "", **rows}.items():
+            if seeds := [v for v in runs.get(name, {}).values() if set(columns) <= set(v)]:
+                cells = [spread(*mean_error([v[c] for v in seeds])[:2]) for c in columns]
+                lines.append(f"| {name} | `{flags}` | {len(seeds)} | {' | '.join(cells)} |")
+        lines += ["", f"| difference | seeds | {head} | the paper, OCRBench v2 |", line]
+        for a, b, paper in PAIRS:
+            later = max(home[a], home[b], key=list(TABLES).index)
+            if (shared := sorted(set(runs.get(a, ())) & set(runs.get(b, ())))) and later == key:
+                errors = [mean_error([runs[a][k][c] - runs[b][k][c] for k in shared]) for c in columns]
+                cells = [spread(mean, error, "+") for mean, _, error in errors]
+                cells.append("" if paper is None else f"{paper:+.1f}")
+                lines.append(f"| {a} − {b} | {len(shared)} | {' | '.join(cells)} |")
+        lines.append("")
     if groups := where(marks):
         draw_where(groups, HERE / "docs" / "where.png")
-        lines += ["", "## Where does density help?", "", "![C4 minus C3](docs/where.png)", "", "Whiskers: one standard "
+        lines += ["## Where does density help?", "", "![C4 minus C3](docs/where.png)", "", "Whiskers: one standard "
                   "error over seeds. Groups are of the same evaluation questions; budgets are runs of their own.", ""]
         for group, rows in groups.items():
             lines += [f"| C4 − C3, points, {group} | seeds | |", "|---|---|---|",
@@ -245,15 +259,16 @@ def main():
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     p.add_argument("--write", action="store_true", help="only write RESULTS.md")
-    p.add_argument("--judge", metavar="FOLDER", help="print one model's marks (what a run calls)")
+    p.add_argument("--judge", nargs="+", metavar=("FOLDER", "SUITE"), help="print a model's marks (what a run calls)")
     a = p.parse_args()
     if a.judge:
-        return print(json.dumps(judge(a.judge)))
+        return print(json.dumps(judge(a.judge[0], a.judge[1:])))
     results = HERE / "results"
     results.mkdir(exist_ok=True)
     if not a.write:
         if not (results / "teacher-seed0.json").exists():
-            keep(results / "teacher-seed0.json", dict(run="teacher", flags="", seed=0, marks=judge(HERE / "tiny")))
+            marks = judge(HERE / "tiny", SUITES | REGIMES)
+            keep(results / "teacher-seed0.json", dict(run="teacher", flags="", seed=0, marks=marks))
         with ThreadPoolExecutor(a.jobs) as pool:          # seed by seed, so that a short evening has whole seeds
             for done in [pool.submit(one, name, seed, results) for seed in range(a.seeds)
                          for table in a.tables for name in TABLES[table][1]]:

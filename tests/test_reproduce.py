@@ -8,7 +8,7 @@ from PIL import ImageChops
 from scipy import stats
 
 import reproduce
-from synthdoc import SUITES, World, blank
+from synthdoc import REGIMES, SUITES, World, blank
 
 
 @pytest.fixture
@@ -50,6 +50,9 @@ def test_a_run_brings_what_it_builds_on_and_is_never_repeated(commands, tmp_path
 def test_flags_of_a_run_come_after_the_common_ones(commands, tmp_path):
     reproduce.one("c3-500k", 0, tmp_path)
     assert [commands[0][i + 1] for i, word in enumerate(commands[0]) if word == "--tokens"] == ["250000", "500000"]
+    reproduce.one("c4-regimes", 0, tmp_path)
+    asked = [c[c.index("--judge") + 2:] for c in commands if "--judge" in c]
+    assert asked == [["reading", "reasoning"], ["regimes"]] and "regimes" in commands[2]
 
 
 def test_means_and_errors_are_scipys(tmp_path):
@@ -97,3 +100,24 @@ def test_where_pairs_the_same_questions_of_the_same_seed():
     total = sum(n * np.array(v) for n, v in zip(sizes, bins.values())) / sum(sizes)
     means = [np.mean([reproduce.scores(runs[c][s])[k] for k in SUITES]) for s in (1, 2) for c in ("c3", "c4")]
     assert np.allclose(total, [means[1] - means[0], means[3] - means[2]])
+
+
+def test_results_show_each_run_and_each_paired_difference_once(tmp_path, monkeypatch):
+    rng, found = np.random.default_rng(2), {}
+    monkeypatch.setattr(reproduce, "HERE", tmp_path)
+    (tmp_path / "results").mkdir()
+    for name, suites in (("c3", SUITES), ("c4", SUITES), ("c3-regimes", REGIMES), ("c4-regimes", REGIMES)):
+        for seed in range(3):
+            marks = {f: "".join(map(str, rng.binomial(1, .5, reproduce.QUESTIONS // len(families))))
+                     for families in suites.values() for f in families}
+            found[name, seed] = {f: 100 * np.mean(list(map(int, m))) for f, m in marks.items()}
+            stored = dict(run=name, flags="", seed=seed, marks=marks)
+            (tmp_path / "results" / f"{name}-seed{seed}.json").write_text(json.dumps(stored))
+    reproduce.write(tmp_path / "results")
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert text.count("| c4 − c3 |") == text.count("| c4-regimes − c3-regimes |") == 1
+    gains = [[found["c4-regimes", s][f] - found["c3-regimes", s][f] for s in range(3)] for f in REGIMES["regimes"]]
+    cells = " | ".join(f"{np.mean(g):+.1f} ± {stats.sem(g):.1f}" for g in gains)
+    assert f"| c4-regimes − c3-regimes | 3 | {cells} |" in text
+    reading = [np.mean([found["c3", s][f] for f in SUITES["reading"]]) for s in range(3)]
+    assert f"| c3 | `--cond c3` | 3 | {np.mean(reading):.1f} ± {stats.tstd(reading):.1f} |" in text
