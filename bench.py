@@ -4,6 +4,7 @@
     python bench.py --model wide --contexts 32768 131072 524288 --budget 6
     python bench.py train                               # a training step of c1 to c5, relative to c1
     python bench.py against                             # prefill, decode, distillation against transformers
+    python bench.py head                                # Stage 3's logits in chunks and all at once
     python bench.py growth                              # a step against tokens, rows, processes
     python bench.py step --model 2b                     # one real step at 2B shape beside --dry-run's promise
     python bench.py scan --ssd-minimal PATH             # mamba2.ssd against others, forward + backward
@@ -594,6 +595,36 @@ def report(task, rows):
     return rows
 
 
+def headed(opt, chunked):
+    """Eq. 1 on so many rows, forward and backward, through a frozen head of a real vocabulary."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(opt.width, opt.vocabulary, bias=False, device=opt.device).requires_grad_(False)
+    h_s, h_t = (torch.randn(opt.rows, opt.width, device=opt.device) for _ in range(2))
+    target = torch.randint(opt.vocabulary, (opt.rows,), device=opt.device)
+    def plain(h_s, h_t, y, *_):
+        log_q, log_p = head(h_s).log_softmax(-1), head(h_t).log_softmax(-1)
+        return F.kl_div(log_q, log_p, log_target=True, reduction="sum"), F.nll_loss(log_q, y, reduction="sum")
+
+    def run(n=opt.rows):
+        kl, ce = (distill.kd_sums if chunked else plain)(h_s[:n].requires_grad_(), h_t[:n], target[:n], head, head)
+        (kl + 0.1 * ce).backward()
+        return [kl.item(), ce.item()]
+    run(2)                                                # loads code and allocates scratch once
+    return dict(run=run, rest=lambda: None)
+
+
+def head(opt):
+    """What kd_sums saves beside the plain form; a smaller --rows fits the plain form into less memory."""
+    children = start(opt, {"ours": (headed, True), "all logits": (headed, False)})
+    rest, rows = take_turns(children, 1, "rest"), take_turns(children, opt.repeats, "run")
+    end(children)
+    table = {name: (typical(r)[0], typical(r)[1] - rest[name][0][1]) for name, r in rows.items()}
+    print(f"{'':10}{f'{opt.rows:,} x {opt.vocabulary:,}':24}{'ms':>10}{'x ours':>8}{'peak MB':>10}{'ours / it':>10}")
+    report("head", table)
+    print(f"KL and CE: {rows['ours'][0][2]} and {rows['all logits'][0][2]}")
+    return table
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Growth, and the arithmetic of --dry-run
 
@@ -809,7 +840,7 @@ def plot(opt, panels, w=840, h=560):
 
 def record(opt, result):
     """Keeps the result in results/bench.json under its command and model, and prints it as the last line."""
-    path, model = HERE / "results" / "bench.json", Path(getattr(opt, "model", "scan")).name
+    path, model = HERE / "results" / "bench.json", Path(getattr(opt, "model", opt.command)).name
     kept = json.loads(path.read_text()) if path.exists() else {}
     asked = {k: v for k, v in vars(opt).items() if k not in ("folder", "command")}
     new = dict(asked=asked, threads=torch.get_num_threads(), torch=torch.__version__, result=result)
@@ -834,6 +865,9 @@ COMMANDS = {              # command: (function, {flag: (default, what it is)}); 
     "against": (against, dict(
         text=(1024, "text tokens of the prompt"), visual=(1024, "visual tokens of its page"),
         steps=(32, "decode steps"), tokens=(5000, "of the distillation step"), repeats=(3, "rounds"))),
+    "head": (head, dict(
+        rows=(4096, "supervised positions"), vocabulary=(151936, "rows of the head"), width=(64, "of hidden states"),
+        repeats=(1, "rounds"))),
     "growth": (growth, dict(processes=([1, 2], "to divide a step among"), repeats=(3, "rounds"))),
     "step": (step, dict(text=(64, "text tokens of the question"), visual=(440, "visual tokens of the page"),
                         stage=(2, "1, 2 or 3"))),
@@ -852,7 +886,7 @@ def parse(argv):
                  dtype=("bfloat16" if cuda else "float32", "of weights and activations"))
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(f"bench.py {command}", description=__doc__, formatter_class=raw)
-    for name, (default, why) in ((model if command != "scan" else {}) | COMMANDS[command][1]).items():
+    for name, (default, why) in ((model if command not in ("scan", "head") else {}) | COMMANDS[command][1]).items():
         many = dict(nargs="+") if isinstance(default, list) else {}
         kind = dict(type=type(default[0] if many else default), **many) if default is not False else \
             dict(action="store_true")
@@ -866,7 +900,7 @@ def main(argv):
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            opt.folder = "" if opt.command == "scan" else folder_of(opt.model, scratch)
+            opt.folder = folder_of(opt.model, scratch) if "model" in opt else ""
         except (OSError, ValueError) as error:
             sys.exit(f"--model {opt.model}: {error}")
         record(opt, COMMANDS[opt.command][0](opt))
