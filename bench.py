@@ -213,6 +213,14 @@ def world_batch(folder, tokens):
     return next(iter(loader(world, processor, Plan(world, processor, 0, tokens, tokens))))
 
 
+def questions(opt):
+    """Evaluation pages of the embedded world, each with a question: a left-padded batch of opt.rows."""
+    world, processor = World("eval", 0, "reading"), Processor(opt.folder)
+    samples = [replace(world[i], messages=world[i].messages[:1]) for i in range(opt.rows)]
+    encoded = [processor.encode(sample, add_generation_prompt=True) for sample in samples]
+    return collate(encoded, processor.pad_id, side="left").to(opt.device)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # By context (Table 7, Fig. 5)
 
@@ -382,15 +390,15 @@ def contexts(opt):
 # Training: a step of distill.py (Table 7, left half)
 
 
-def settings(opt, cond):
+def settings(opt, cond, *more):
     flags = ["--teacher", opt.folder, "--cond", cond, "--device", opt.device, "--dtype", opt.dtype]
-    return distill.parse(distill.DistillSettings, distill.DEFAULTS, flags)
+    return distill.parse(distill.DistillSettings, distill.DEFAULTS, [*flags, *more])
 
 
-def stepper(opt, teacher, cond="c4", ranks=None):
+def stepper(opt, teacher, cond="c4", ranks=None, flags=()):
     """-> step(batch, stage): an optimiser step of a fresh student, at a rate that leaves its weights alone.
     AdamW's moments exist from the start, as they do in every step of a run but its first."""
-    s, ranks = settings(opt, cond), ranks or distill.Ranks(0, 1, torch.device(opt.device))
+    s, ranks = settings(opt, cond, *flags), ranks or distill.Ranks(0, 1, torch.device(opt.device))
     objective = distill.Distillation(s, teacher, distill.convert(s, teacher))
     parameters = list(objective.parameters().values())
     optimiser = torch.optim.AdamW(distill.groups(parameters, s.weight_decay), lr=1e-12, betas=(0.9, 0.95))
@@ -472,11 +480,16 @@ def ours(opt):
         logits, run["states"] = model.step(token, run["states"], run["position"])
         run["position"] = run["position"] + 1
         return logits[0].tolist()
-    return dict(prefill=prefill, step=step)
+
+    def generate():
+        rows = model.generate(asked.ids, asked.mask, asked.pixels, asked.grids, max_new_tokens=opt.new)
+        return [float(t) for row in rows for t in row]
+    asked, model.config.eos_token_id = questions(opt), []                   # so that no answer ends early
+    return dict(prefill=prefill, step=step, generate=generate)
 
 
 def our_trainer(opt):
-    step = stepper(opt, build(opt.folder, opt), "c3")
+    step = stepper(opt, build(opt.folder, opt), "c3", flags=("--feed", "own"))         # as theirs cannot but do
     batch = world_batch(opt.folder, opt.tokens).to(opt.device)
     return dict(train=lambda stage: step(batch, stage))
 
@@ -508,7 +521,13 @@ def theirs(opt):
     def step():
         out = model(input_ids=token, past_key_values=run["cache"], use_cache=True)    # no padding, no mask
         return out.logits[0, -1].tolist()
-    return dict(prefill=prefill, step=step)
+
+    def generate():
+        inputs = their_inputs(asked, model.config.image_token_id)
+        ids = model.generate(**inputs, max_new_tokens=opt.new, do_sample=False)
+        return ids[:, asked.ids.shape[1]:].flatten().float().tolist()
+    asked, model.generation_config.eos_token_id = questions(opt), None
+    return dict(prefill=prefill, step=step, generate=generate)
 
 
 class Slot(torch.nn.Module):
@@ -570,7 +589,7 @@ def against(opt):
         build(opt.folder, opt).save_pretrained(opt.folder)
     contenders = {"ours": ([ours], [our_trainer]), "transformers": ([theirs], [their_trainer, True]),
                   "transformers, our scan": ([], [their_trainer, False])}
-    reading = [("prefill", opt.repeats + 1), ("step", opt.steps)]
+    reading = [("prefill", opt.repeats + 1), ("step", opt.steps), ("generate", opt.repeats + 1)]
     training, table = [("train", opt.repeats + 1, n) for n in SHARES], {}
     print(f"{'':10}{'':24}{'ms':>10}{'x ours':>8}{'peak MB':>10}{'ours / it':>10}")
     for part, tasks in enumerate((reading, training)):
@@ -864,6 +883,7 @@ COMMANDS = {              # command: (function, {flag: (default, what it is)}); 
     "train": (train, dict(tokens=(5000, "of the step"), repeats=(5, "rounds"))),
     "against": (against, dict(
         text=(1024, "text tokens of the prompt"), visual=(1024, "visual tokens of its page"),
+        rows=(16, "questions that are answered at once"), new=(32, "tokens of each answer"),
         steps=(32, "decode steps"), tokens=(5000, "of the distillation step"), repeats=(3, "rounds"))),
     "head": (head, dict(
         rows=(4096, "supervised positions"), vocabulary=(151936, "rows of the head"), width=(64, "of hidden states"),

@@ -121,3 +121,12 @@ def test_our_step_and_the_obvious_one_with_transformers_have_the_same_losses():
         ours, theirs, between = (trainer["train"](stage) for trainer in trainers)
         assert ours > 0
         assert theirs == pytest.approx(ours, rel=2e-4) and between == pytest.approx(ours, rel=2e-4)
+
+
+def test_both_sides_answer_the_same_questions_with_the_same_tokens():
+    pytest.importorskip("transformers")
+    opt = Namespace(folder=str(bench.HERE / "tiny"), device="cpu", dtype="float32", text=8, visual=16, rows=3, new=7)
+    ours, theirs = bench.ours(opt), bench.theirs(opt)
+    assert len(ours["generate"]()) == 21 and ours["generate"]() == theirs["generate"]()
+    for task in ("prefill", "step", "step"):
+        assert ours[task]() == pytest.approx(theirs[task](), abs=2e-4)
