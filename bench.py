@@ -4,7 +4,7 @@
     python bench.py --model wide --contexts 32768 131072 524288 --budget 6
     python bench.py train                               # a training step of c1 to c5, relative to c1
     python bench.py against                             # prefill, decode, distillation against transformers
-    python bench.py head                                # Stage 3's logits in chunks and all at once
+    python bench.py head                                # Stage 3's logits in chunks and all at once, on the CPU
     python bench.py growth                              # a step against tokens, rows, processes
     python bench.py step --model 2b                     # one real step at 2B shape beside --dry-run's promise
     python bench.py scan --ssd-minimal PATH             # mamba2.ssd against others, forward + backward
@@ -93,6 +93,8 @@ def work(pipe, make, opt, args):
     """The child: make gives {task: function}; with an answer come its seconds and the peak bytes so far."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     cpu = opt.device == "cpu"
+    for library in getattr(opt, "libraries", ()):         # of any contender, for all: code is not what is compared
+        importlib.import_module(library)
     empty = resident("VmRSS") if cpu else 0
     tasks = make(opt, *args)
     forget_peak(opt.device)
@@ -468,9 +470,9 @@ def train(opt):
 
 
 def ours(opt):
-    model, run = build(opt.folder, opt), {}
+    model, run, asked = build(opt.folder, opt), {}, questions(opt)
     b = document(opt.folder, 1, opt.text, opt.visual).to(opt.device)
-    token = torch.tensor([20], device=opt.device)
+    token, model.config.eos_token_id = torch.tensor([20], device=opt.device), []        # no answer ends early
 
     def prefill():
         logits, run["states"], run["position"] = model.prefill(b.ids, None, b.pixels, b.grids)
@@ -484,7 +486,6 @@ def ours(opt):
     def generate():
         rows = model.generate(asked.ids, asked.mask, asked.pixels, asked.grids, max_new_tokens=opt.new)
         return [float(t) for row in rows for t in row]
-    asked, model.config.eos_token_id = questions(opt), []                   # so that no answer ends early
     return dict(prefill=prefill, step=step, generate=generate)
 
 
@@ -508,7 +509,8 @@ def their_inputs(b, image):
 
 def theirs(opt):
     model, run, token = load_theirs(opt), {}, torch.tensor([[20]], device=opt.device)
-    b = document(opt.folder, 1, opt.text, opt.visual).to(opt.device)
+    b, asked = document(opt.folder, 1, opt.text, opt.visual).to(opt.device), questions(opt)
+    model.generation_config.eos_token_id = None
 
     @torch.inference_mode()
     def prefill():
@@ -526,7 +528,6 @@ def theirs(opt):
         inputs = their_inputs(asked, model.config.image_token_id)
         ids = model.generate(**inputs, max_new_tokens=opt.new, do_sample=False)
         return ids[:, asked.ids.shape[1]:].flatten().float().tolist()
-    asked, model.generation_config.eos_token_id = questions(opt), None
     return dict(prefill=prefill, step=step, generate=generate)
 
 
@@ -584,9 +585,11 @@ def their_trainer(opt, their_scan):
 
 
 def against(opt):
-    """By turns; answers and losses are printed side by side, for unless they agree nothing is compared."""
+    """By turns; how far answers and losses differ is printed, for unless they agree nothing is compared. A peak is
+    the most of a part so far: reading, then training."""
     if not any(Path(opt.folder).glob("model*.safetensors")):
         build(opt.folder, opt).save_pretrained(opt.folder)
+    opt.libraries = ["transformers.models.qwen3_vl.modeling_qwen3_vl", "transformers.models.mamba2.modeling_mamba2"]
     contenders = {"ours": ([ours], [our_trainer]), "transformers": ([theirs], [their_trainer, True]),
                   "transformers, our scan": ([], [their_trainer, False])}
     reading = [("prefill", opt.repeats + 1), ("step", opt.steps), ("generate", opt.repeats + 1)]

@@ -7,13 +7,14 @@
 
 Three stages share one token budget. Stage 1 warms up what is new in the mixers, Stage 2 trains the whole mixers,
 both by aligning residual streams (Eq. 4 and 5); Stage 3 is knowledge distillation on the logits (Eq. 1). Only
-mixers ever train, so teacher and student share all other modules and walk the decoder in lockstep, layer by layer:
+mixers train, so teacher and student share all other modules and walk the decoder in lockstep, layer by layer:
 
-    error[p] = sum over replaced layers l of || s[l+1, p] - r[l+1, p] ||^2             the residual drift
-    loss     = sum over positions p of w[p] * error[p]                                 C3: w = 1.  C4: w = density
+    error[p] = mean over replaced layers l of || s[l+1, p] - r[l+1, p] ||^2            the residual drift
+    loss     = mean over positions p of w[p] * error[p]                                C3: w = 1.  C4: w = density
 
     code      paper                       shape
-    r, s      r^theta, r^theta-hat        (B, T, D)   teacher's and student's residual stream
+    r, s      r^theta, r^theta-hat        (B, T, D)   teacher's residual stream, and what the student's layer makes
+                                                      of its own stream, or of the teacher's (--feed)
     o_t, o_s  O, O-hat                    (B, T, D)   mixer outputs after W_O, before the residual sum (C2)
     w         w(p), Eq. 3                 (B, T)      sums to the number of real positions in every row
     replaced  S; streams are read at S* = S + 1, the output of each replaced layer
@@ -127,8 +128,9 @@ class DistillSettings(Settings):
     tau: float = setting(0.5, "temperature of Eq. 3", low=1e-6)
     beta: float = setting(2.0, "text density over the mean visual density (Algorithm 1)", low=0)
     minmax: str = setting("all", "normalise before or after the text value enters (ledger 7)", ["all", "visual"])
-    density_cache: str = setting("", "file that `density.py --cache` wrote for this data and teacher (c4)")
-    suite: str = setting("", "of the embedded world to train on; empty: its mixture", ["", "reading", "reasoning", "regimes"])
+    density_cache: str = setting("", "file that `density.py --cache` wrote for this data and teacher")
+    suite: str = setting("", "of the embedded world to train on; empty: its mixture",
+                         ["", "reading", "reasoning", "regimes"])
     k: float = setting(25.0, "per cent of positions that the topk and random weights raise (A.8)", low=0, high=100)
     questions: int = setting(256, "evaluation questions a suite at the end, on the embedded world; 0: none", low=0)
 
@@ -681,7 +683,8 @@ def finish(s, teacher, student, processor):
     draw_pages(teacher, processor, out / "density")
     held = "the student (loads like its teacher), log.jsonl"
     if s.questions:
-        results = evaluate_models({"teacher": teacher, s.cond: student}, processor, s.questions)
+        benches = {s.suite: None} if s.suite else None
+        results = evaluate_models({"teacher": teacher, s.cond: student}, processor, s.questions, benches)
         report = table(results)
         (out / "table.md").write_text(report + "\n")
         print(f"\n{report}\n")
@@ -760,7 +763,7 @@ def main(argv=None):
             return dry_run(s)
         ranks = start(s)
         if s.data and s.suite:
-            raise ValueError(f"--suite {s.suite} is part of the embedded world, which --data {s.data} takes the place of")
+            raise ValueError(f"--suite {s.suite} is of the embedded world, which --data {s.data} takes the place of")
         dataset = read_data(s.data) if s.data else World("train", s.seed, s.suite or None)
         teacher, student, processor = build(s, torch.device("cpu") if s.shard else ranks.device)
         if s.shard:
