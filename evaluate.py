@@ -763,11 +763,16 @@ def part_table(s):
 
 
 def gallery(results, path, k=8):
-    """Writes a picture like Fig. 6: up to k questions on which the models differ, those first that the first
-    model (the teacher) gets right; image, question, gold, and each model's answer in green or red."""
-    models, right, wrong = list(results), (24, 118, 60), (186, 36, 36)
-    rows = [r for r in zip(*results.values()) if len({m["score"] for m in r}) > 1 and r[0]["image"]]
-    rows = sorted(rows, key=lambda r: (-r[0]["score"], sum(m["score"] for m in r)))[:k]
+    """Writes a picture like Fig. 6: up to k questions on which the models differ; image, question, gold, and each
+    model's answer in green or red. Every way of differing has its turn, lest one student look worse than another;
+    those ways come first in which the first model (the teacher) is right."""
+    models, right, wrong, ways = list(results), (24, 118, 60), (186, 36, 36), {}
+    for row in zip(*results.values()):
+        scores = tuple(record["score"] for record in row)
+        if len(set(scores)) > 1 and row[0]["image"]:
+            ways.setdefault(scores, []).append(row)
+    turns = itertools.zip_longest(*(ways[scores] for scores in sorted(ways, key=lambda s: (-s[0], sum(s)))))
+    rows = [row for turn in turns for row in turn if row][:k]
     size, width = 170, 230 + 190 * max(2, len(models))
     sheet = Image.new("RGB", (width, max(1, len(rows)) * (size + 20) + 10), "white")
     pen, big, small = ImageDraw.Draw(sheet), ImageFont.load_default(15), ImageFont.load_default(12)

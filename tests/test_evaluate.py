@@ -665,6 +665,13 @@ def test_gallery_shows_disagreements_in_two_colours(tmp_path):
     green, red = ((shown == colour).all(-1) for colour in ((24, 118, 60), (186, 36, 36)))
     assert green[:190, 200:385].any() and red[:190, 390:].any() and not red[:190, :385].any()
     assert red[200:, 200:385].any() and green[200:, 390:].any()
+    for scores, records in (([1, 1, 1, 0], teacher), ([0, 0, 0, 1], student)):
+        for score, record in zip(scores, records):
+            record["score"] = score
+    E.gallery({"c3": teacher, "c4": student}, tmp_path / "g.png", k=2)      # three to one, but each has its turn
+    shown = np.asarray(Image.open(tmp_path / "g.png"))
+    page = np.asarray(World("eval", 0, "reading")[3].images[0].resize((170, 170), Image.Resampling.LANCZOS))
+    assert shown.shape[0] == 10 + 2 * 190 and (shown[200:370, 10:180] == page).all()
 
 
 # ---------------------------------------------------------------------------------------------------------
