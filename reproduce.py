@@ -224,7 +224,8 @@ def write(results):
     lines = ["# Results on the embedded world", "",
              f"Written by `python reproduce.py --write` from `results/`. Exact match in per cent on {QUESTIONS} "
              f"evaluation questions a suite; students after {TOKENS:,} tokens. ± is the standard deviation over seeds "
-             "and, of differences, the standard error; these are paired: same seed, data order and initial mixers.", ""]
+             "and, of differences, the standard error; these are paired: same seed, data order and initial mixers. What "
+             "they say in words stands in [README.md](README.md#results-on-the-embedded-world).", ""]
 
     home = {name: key for key, (_, rows) in reversed(TABLES.items()) for name in rows}          # its first table
     for key, (title, rows) in TABLES.items():
