@@ -36,7 +36,7 @@ import tempfile
 import textwrap
 import time
 import types
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from io import StringIO
@@ -255,18 +255,24 @@ def randomised(state, T, rows):
                      for t in (state.k, state.v)), None, T)
 
 
+@contextmanager
 def clocked(model, device):
-    """{kind of module: seconds}, which hooks fill while the model runs; on a GPU they would slow it down."""
-    spent, begun = {}, []
+    """{kind of module: seconds}, which hooks fill while the model runs. They cost time of their own, on a GPU much,
+    so that speeds are measured without them."""
+    spent, begun, hooks = {}, [], []
 
     def after(kind, *_):
         spent[kind] = spent.get(kind, 0) + now(device) - begun.pop()
-    for layer in model.layers if device == "cpu" else ():
+    for layer in model.layers:
         kind = "attention" if isinstance(layer.self_attn, Attention) else "mixers"
         for module, name in ((layer.self_attn, kind), (layer.mlp, "MLP")):
-            module.register_forward_pre_hook(lambda *_: begun.append(now(device)))
-            module.register_forward_hook(partial(after, name))
-    return spent
+            hooks += [module.register_forward_pre_hook(lambda *_: begun.append(now(device))),
+                      module.register_forward_hook(partial(after, name))]
+    try:
+        yield spent
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def compile_steps(model):
@@ -283,16 +289,14 @@ def reader(opt, name, rows=1):
     model = to_hybrid(model, opt.mixer) if name == "hybrid" and not opt.hybrid else model
     if opt.compile:
         compile_steps(model)
-    spent, run = clocked(model, opt.device), {}
+    run = {}
 
     def prefill(T):
         run.clear()                                       # the last state must not count towards the peak
         ids = torch.randint(10, model.config.text.vocab_size, (1, T), device=opt.device)
         ids[(ids == model.config.image_token_id) | (ids == model.config.video_token_id)] = 9
-        spent.clear()
         logits, run["states"], run["position"] = model.prefill(ids, chunk=opt.chunk)
         run["token"] = logits.argmax(-1)
-        return dict(spent)
 
     @torch.inference_mode()
     def fill(T):
@@ -301,20 +305,21 @@ def reader(opt, name, rows=1):
         run["position"], run["token"] = (t.repeat(rows) for t in (run["position"] + T - 16, run["token"]))
 
     def step():
-        spent.clear()
         logits, run["states"] = model.step(run["token"], run["states"], run["position"])
         run["token"], run["position"] = logits.argmax(-1), run["position"] + 1
-        return dict(spent)
-    return dict(prefill=prefill, fill=fill, step=step, held=lambda: held(run["states"]),
+
+    def shares(steps):
+        """The part of a step's time that each kind of module takes."""
+        with clocked(model, opt.device) as spent:
+            begin = now(opt.device)
+            for _ in range(steps):
+                step()
+            total = now(opt.device) - begin
+        return {kind: seconds / total for kind, seconds in spent.items()}
+    return dict(prefill=prefill, fill=fill, step=step, shares=shares, held=lambda: held(run["states"]),
                 forget=lambda: forget_peak(opt.device),
                 mixers=lambda: sum(not isinstance(s, KVCache) for s in run["states"]),
                 weights=lambda: sum(p.numel() * p.element_size() for p in model.parameters()))
-
-
-def shares(rounds):
-    """The part of the time that each kind of module took."""
-    total = sum(seconds for seconds, _, _ in rounds)
-    return {kind: sum(spent[kind] for _, _, spent in rounds) / total for kind in rounds[0][2]}
 
 
 def side_by_side(opt, T, sizes):
@@ -330,12 +335,11 @@ def side_by_side(opt, T, sizes):
         seconds, peak = typical(rounds)
         child, rows, (_, before, weights) = children[name], sizes[name], warm[name][0]
         result[name] = dict(batch=rows, step=seconds, tokens_s=rows / seconds, peak=weights + peak - before,
-                            step_shares=shares(rounds), weights=weights, held=child("held")[2],
+                            step_shares=child("shares", 4)[2], weights=weights, held=child("held")[2],
                             mixers=child("mixers")[2])
         if real:
             first, most = typical(filled[name])
-            result[name].update(first_token=first, prefill_peak=weights + most - before,
-                                prefill_shares=shares(filled[name]))
+            result[name].update(first_token=first, prefill_peak=weights + most - before)
     end(children)
     return result
 
@@ -405,6 +409,10 @@ def stepper(opt, teacher, cond="c4", ranks=None, flags=()):
     parameters = list(objective.parameters().values())
     optimiser = torch.optim.AdamW(distill.groups(parameters, s.weight_decay), lr=1e-12, betas=(0.9, 0.95))
 
+    def gradient(part):
+        part.backward()
+        return part.detach()
+
     def update(count):
         distill.reduce_gradients(ranks, parameters, count)
         distill.clip_gradients(ranks, parameters, s.clip)
@@ -413,8 +421,7 @@ def stepper(opt, teacher, cond="c4", ranks=None, flags=()):
 
     def step(batch, stage):
         label, _ = objective.prepare({1: 0.05, 2: 0.2, 3: 0.7}[stage])
-        loss, count, _ = objective.loss(batch, label)
-        loss.backward()
+        loss, count, _ = objective.loss(batch, label, gradient)
         update(count)
         return loss.item() / count
     for p in parameters:
@@ -490,7 +497,7 @@ def ours(opt):
 
 
 def our_trainer(opt):
-    step = stepper(opt, build(opt.folder, opt), "c3", flags=("--feed", "own"))         # as theirs cannot but do
+    step = stepper(opt, build(opt.folder, opt), "c3")
     batch = world_batch(opt.folder, opt.tokens).to(opt.device)
     return dict(train=lambda stage: step(batch, stage))
 
@@ -549,7 +556,8 @@ class Slot(torch.nn.Module):
 
 
 def their_trainer(opt, their_scan):
-    """The obvious way: transformers' teacher, a second full copy with exchanged layers, all logits."""
+    """The obvious way: transformers' teacher, a second full copy with exchanged layers, all logits. In Stages 1 and 2
+    its layers read what hooks saw the teacher's read, and one backward pass follows."""
     teacher, student = load_theirs(opt), load_theirs(opt)
     hybrid = to_hybrid(build(opt.folder, opt))
     S, image = hybrid.config.hybrid["layers"], teacher.config.image_token_id
@@ -559,19 +567,24 @@ def their_trainer(opt, their_scan):
     named = [(n, p) for mixer in mixers.values() for n, p in mixer.named_parameters()]
     inherited, parameters = mixers[S[0]].INHERITED, [p for _, p in named]
     optimiser = torch.optim.AdamW(parameters, lr=1e-12, betas=(0.9, 0.95), weight_decay=0.01)
-    batch = world_batch(opt.folder, opt.tokens).to(opt.device)
+    batch, seen = world_batch(opt.folder, opt.tokens).to(opt.device), {}
+    for i in S:
+        teacher.model.language_model.layers[i].register_forward_hook(
+            lambda m, args, given, out, i=i: seen.update({i: (args[0] if args else given["hidden_states"], out)}),
+            with_kwargs=True)
 
     def train(stage):
         for n, p in named:
             p.requires_grad_(stage > 1 or not n.startswith(inherited))
-        both = dict(their_inputs(batch, image), output_hidden_states=stage < 3, use_cache=False)
+        both = dict(their_inputs(batch, image), use_cache=False)
         with torch.no_grad():
             t = teacher(**both)
-        s = student(**both)
         if stage < 3:
-            error = [distill.drift(s.hidden_states[i + 1], t.hidden_states[i + 1]) for i in S]
+            error = [distill.drift(student.model.language_model.layers[i](seen[i][0], position_embeddings=None), seen[i][1])
+                     for i in S]
             loss = torch.stack(error).mean(0)[batch.mask].mean()
         else:
+            s = student(**both)
             target = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
             log_q, log_p = s.logits.float().log_softmax(-1), t.logits.float().log_softmax(-1)
             kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)[target != IGNORED].mean()
@@ -893,7 +906,7 @@ COMMANDS = {              # command: (function, {flag: (default, what it is)}); 
         repeats=(1, "rounds"))),
     "growth": (growth, dict(processes=([1, 2], "to divide a step among"), repeats=(3, "rounds"))),
     "step": (step, dict(text=(64, "text tokens of the question"), visual=(440, "visual tokens of the page"),
-                        stage=(2, "1, 2 or 3"))),
+                        stage=(3, "1, 2 or 3"))),
     "scan": (scan, dict(
         T=(16384, "positions"), H=(8, "heads"), P=(64, "head and state dim"), batch=(1, "rows"),
         repeats=(3, "rounds"), ssd_minimal=("", "where ssd_minimal.py is"),

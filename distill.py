@@ -104,7 +104,8 @@ class Settings:
     dtype: str = setting("", "of frozen weights and activations; empty: bfloat16 on cuda, else float32",
                          ["", "bfloat16", "float32", "float64"])
     shard: bool = setting(False, "split the decoder's weights and optimiser state among the devices (FSDP2)")
-    recompute: bool = setting(False, "recompute each layer in the backward pass: less memory, a third more time")
+    recompute: bool = setting(False, "recompute layers in the backward pass where one graph passes them all (Stage 3, SFT, DPO): "
+                              "less memory, a third more time")
     skip_bad: bool = setting(False, "leave out unusable samples, up to 0.1 %, instead of stopping")
     dry_run: bool = setting(False, "say what the run would need, and stop")
 
@@ -180,25 +181,27 @@ def drift(s, r):
 
 
 def lockstep(teacher, student, replaced, e, mask, align="residual", feed="teacher"):
-    """Teacher and student through the decoder side by side -> error (S, B, T), one row for each replaced layer.
+    """Teacher and student through the decoder side by side: yields the error (B, T) of each replaced layer.
 
     e: the Embedded they share. align: "residual" compares the streams after each replaced layer (Eq. 4 before its
     sums over l and p), "output" what the mixers put out (C2). feed: a replaced layer reads the teacher's stream, so
     that each learns from clean input, or the student's own, where errors add up as they do at inference. No stack of
-    streams is kept, and the walk ends at the last replaced layer.
+    streams is kept, and the walk ends at the last replaced layer. Fed the teacher's, each error is a graph of its
+    own: one that is differentiated before the next is asked for leaves memory that does not grow with depth.
     """
     r = s = e.x                                                                         # (B, T, D)
-    error = []
     for i, (teacher_layer, student_layer) in enumerate(zip(teacher.layers, student.layers)):
         with torch.no_grad():
             r_next, o_t, _ = teacher_layer(r, mask, e.rope)
         s_next, o_s = r_next, o_t
-        if i in replaced or feed == "own":
-            s_next, o_s, _ = student_layer(r if feed == "teacher" else s, mask, e.rope)
+        if feed == "own":                                 # one graph through all layers
+            s_next, o_s, _ = student.through(student_layer, s, mask, e.rope)
+        elif i in replaced:
+            s_next, o_s, _ = student_layer(r, mask, e.rope)
         if i in replaced:
-            error.append(drift(s_next, r_next) if align == "residual" else drift(o_s, o_t))
+            yield drift(s_next, r_next) if align == "residual" else drift(o_s, o_t)
         if i == max(replaced):
-            return torch.stack(error)
+            return
         if i < len(e.deepstack):
             r_next, s_next = r_next + e.deepstack[i], s_next + e.deepstack[i]
         r, s = r_next, s_next
@@ -218,7 +221,7 @@ def fisher_scores(teacher, replaced, e, mask, labels):
     with torch.enable_grad():
         r, streams = e.x.detach().requires_grad_(), []
         for i, layer in enumerate(teacher.layers):
-            r = layer(r, mask, e.rope)[0]
+            r = teacher.through(layer, r, mask, e.rope)[0]
             if i in replaced:
                 streams.append(r)
             if i < len(e.deepstack):
@@ -321,23 +324,31 @@ class Distillation:
             rho = image_densities(vision.patches, batch.grids, c.vision.spatial_merge_size)
         return self.weigh(rho, visual, batch.mask, batch.names, **options)
 
-    def loss(self, batch, label):
-        """One micro-batch -> loss sum (to be divided by the count), count, other sums for the log."""
+    def loss(self, batch, label, backward=lambda part: part):
+        """One micro-batch -> loss sum (to be divided by the count), count, other sums for the log.
+
+        backward: takes the gradient of a part of the loss, as soon as the part is there, and returns its value. By
+        default parts keep their graphs, and the caller differentiates their sum.
+        """
         with torch.no_grad():                             # the tower is frozen: once for both models
             vision = None if batch.pixels is None else self.teacher.visual(batch.pixels, batch.grids)
         if label == "stage 3":
-            return self.kd(batch, vision)
+            return self.kd(batch, vision, backward)
         with torch.no_grad():
             e = self.teacher.embed(batch.ids, batch.mask, None, batch.grids, vision)
             w = self.weights(batch, vision, e)                                          # (B, T)
-        error = lockstep(self.teacher, self.student, self.replaced, e, causal_mask_needed(batch.mask),
-                         self.cond.align, self.s.feed) / len(self.replaced)             # (S, B, T)
-        loss = (w * error).sum()                          # Eq. 4 / Eq. 5: all that C3 and C4 differ in
-        plain = error.detach().sum(0)[batch.mask]
+        joint, loss, plain = self.s.feed == "own", 0.0, 0.0                             # joint: one graph for all layers
+        errors = lockstep(self.teacher, self.student, self.replaced, e, causal_mask_needed(batch.mask),
+                          self.cond.align, self.s.feed)
+        for w_l, error in zip(w.expand(len(self.replaced), *w.shape[-2:]), errors):     # (B, T) each
+            part = (w_l * error).sum() / len(self.replaced)             # Eq. 4 / Eq. 5: all that C3 and C4 differ in
+            loss = loss + (part if joint else backward(part))
+            plain = plain + error.detach() / len(self.replaced)
+        plain = plain[batch.mask]
         top = plain.topk(max(1, len(plain) // 100)).values.sum()        # ledger 15: a few huge positions?
-        return loss, int(batch.mask.sum()), dict(drift=plain.sum(), drift_top1=top)
+        return backward(loss) if joint else loss, int(batch.mask.sum()), dict(drift=plain.sum(), drift_top1=top)
 
-    def kd(self, batch, vision):
+    def kd(self, batch, vision, backward):
         target = following(batch.labels)
         rows = target != IGNORED
         if self.s.kl == "text":
@@ -348,7 +359,7 @@ class Distillation:
         h_s = self.student.hidden(*inputs)[rows]
         kl, ce = kd_sums(h_s, h_t, target[rows], self.student.lm_head, self.teacher.lm_head)
         loss = self.s.lambda_kl * kl + self.s.lambda_ce * ce                            # Eq. 1
-        return loss, int(rows.sum()), dict(kl=kl.detach(), ce=ce.detach())              # one count for both
+        return backward(loss), int(rows.sum()), dict(kl=kl.detach(), ce=ce.detach())    # one count for both
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -558,8 +569,9 @@ def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
     """Trains objective.parameters() over a budget of s.tokens tokens, resuming and saving in s.out.
 
     objective: parameters() -> {name: parameter}; prepare(progress) -> (label, progress of the schedule);
-    loss(batch, label) -> (sum, count, {name: sum}). Sums and counts are added over micro-batches and ranks before
-    they are divided, so that neither accumulation nor the number of processes changes a step.
+    loss(batch, label, backward) -> (sum, count, {name: sum}), as Distillation.loss. Sums and counts are added over
+    micro-batches and ranks before they are divided, so that neither accumulation nor the number of processes changes
+    a step.
     """
     out, named = Path(s.out), objective.parameters()
     parameters = list(named.values())
@@ -599,6 +611,11 @@ def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
                 bad=dict(seen=bad.seen, bad=bad.bad, first=bad.first), settings=asdict(s)))
         ranks.wait()
 
+    def backward(part):
+        with torch.autocast(ranks.device.type, enabled=False):
+            (part * batch.weight).backward()              # weight 0: a stand-in so that all ranks do as many
+        return part.detach()
+
     while tokens < s.tokens:
         before, (label, progress) = label, objective.prepare(tokens / s.tokens)
         if before not in (None, label):
@@ -609,11 +626,10 @@ def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
             batch = next(batches).to(ranks.device)
             last, cursor, names = batch.last, batch.cursor, names + batch.names
             with autocast:
-                loss, count, terms = objective.loss(batch, label)
+                loss, count, terms = objective.loss(batch, label, backward)
             if not torch.isfinite(loss):
                 suspects += batch.names
-            (loss * batch.weight).backward()              # weight 0: a stand-in so that all ranks do as many
-            entries = dict(tokens=int(batch.mask.sum()), count=count, loss=loss.detach(), **terms)
+            entries = dict(tokens=int(batch.mask.sum()), count=count, loss=loss, **terms)
             for name, value in entries.items():
                 sums[name] = sums.get(name, 0) + value * batch.weight
         total = ranks.sum(torch.tensor([float(v) for v in sums.values()], dtype=torch.float64, device=ranks.device))
@@ -665,11 +681,8 @@ def convert(s, teacher):
 def build(s, device):
     """-> teacher, student, processor."""
     teacher, processor = load_model(s, "teacher", device)
-    student = convert(s, teacher)
-    if s.recompute:
-        for layer in dict.fromkeys([*teacher.layers, *student.layers]):     # the teacher's, for Fisher scores
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    return teacher, student, processor
+    teacher.recompute = s.recompute                       # also the student's; the teacher's for Fisher scores
+    return teacher, convert(s, teacher), processor
 
 
 def finish(s, teacher, student, processor):
@@ -720,12 +733,14 @@ def dry_run(s):
           "attention layers replaced")
     for stage, count in enumerate((new, mixers, trained) if objective.cond.align else (0, 0, trained), 1):
         print(f"Stage {stage} trains {count / 1e6:,.1f} M parameters" if count else f"Stage {stage} is skipped")
-    needs(s, s.teacher, dict(teacher.named_parameters()), objective.parameters(), drifts=1)
+    joint = objective.cond.align is not None and s.feed == "own"
+    needs(s, s.teacher, dict(teacher.named_parameters()), objective.parameters(), drifts=int(joint))
 
 
 def needs(s, folder, frozen, trained, drifts=0):
     """Prints steps, memory and missing files of a run. frozen, trained: {name: parameter}, of any device; drifts:
-    how many copies of each layer's stream are kept in fp32 besides, for the alignment of Stages 1/2."""
+    how many copies of each layer's stream are kept in fp32 besides (Stages 1/2 with --feed own; fed the teacher's, they
+    need a layer's activations at a time, and Stage 3 the most)."""
     c, folder = Config.from_folder(folder).text, Path(folder)
     device = torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     width, world = precision(s, device).itemsize, int(os.environ.get("WORLD_SIZE", 1)) if s.shard else 1

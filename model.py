@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------
 # Configuration: field names are those of config.json
@@ -323,14 +324,14 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(p, config.rms_norm_eps)
 
     def forward(self, x, mask=None, state=None, rope=None):                             # (B, T, D)
-        q, k, v = (rearrange(f(x), "b t (h p) -> b h t p", p=self.config.head_dim)
+        q, k, v = (f(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)       # (B, H or G, T, P)
                    for f in (self.q_proj, self.k_proj, self.v_proj))
         cos, sin = (t[:, None] for t in rope)                                           # (B, 1, T, P)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         state = append(state, k, v, mask)
         k, v = state.k[:, :, :state.length], state.v[:, :, :state.length]               # (B, G, S, P)
         y = attend(q, k, v, state.mask)                                                 # (B, H, T, P)
-        return self.o_proj(rearrange(y, "b h t p -> b t (h p)")), state
+        return self.o_proj(y.transpose(1, 2).flatten(2)), state                         # (B, T, D)
 
 
 def append(state, k, v, mask):
@@ -359,8 +360,8 @@ def attend(q, k, v, mask):
     T, S, G = q.shape[2], k.shape[2], k.shape[1]
     if T == 1:                                            # decode: the queries of a group share its keys
         see = None if mask is None else (mask | ~mask[:, -1:])[:, None, None, :]        # as below for padding
-        y = F.scaled_dot_product_attention(rearrange(q, "b (g r) 1 p -> b g r p", g=G), k, v, attn_mask=see)
-        return rearrange(y, "b g r p -> b (g r) 1 p")
+        y = F.scaled_dot_product_attention(q.view(len(q), G, -1, q.shape[3]), k, v, attn_mask=see)   # (B, G, H/G, P)
+        return y.reshape(q.shape)
     k, v = (t.repeat_interleave(q.shape[1] // G, dim=1) for t in (k, v))                # whole heads
     if mask is None and S == T:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -502,6 +503,7 @@ class Qwen3VL(nn.Module):
         super().__init__()
         self.config = config
         self.folder, self.sampling = None, {}             # where it was loaded from; its generation_config
+        self.recompute = False                            # in training: keep only each layer's input (`through`)
         self.model = Backbone(config)
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -536,6 +538,12 @@ class Qwen3VL(nn.Module):
             deepstack = [torch.zeros_like(x).masked_scatter(at, f.to(x.dtype)) for f in vision.deepstack]
         return Embedded(x, deepstack, rope, following)
 
+    def through(self, layer, *inputs):
+        """A decoder layer's outputs. With `recompute`, what its backward pass needs is computed anew, not kept."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
     def decode(self, x, deepstack, rope, mask, states):
         """One chunk through all layers. states: one per layer (None at the start). -> hidden (B, T, D), states."""
         fresh = []
@@ -551,7 +559,7 @@ class Qwen3VL(nn.Module):
         x, deepstack, rope, _ = self.embed(ids, mask, pixels, grids, vision)
         mask = causal_mask_needed(mask)
         for i, layer in enumerate(self.layers):
-            x = layer(x, mask, rope)[0]
+            x = self.through(layer, x, mask, rope)[0]
             if i < len(deepstack):
                 x = x + deepstack[i]
         return self.norm(x)

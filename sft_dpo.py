@@ -24,7 +24,6 @@ import math
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -209,9 +208,9 @@ class SFT:
     def prepare(self, progress):
         return "sft", progress
 
-    def loss(self, batch, label):
+    def loss(self, batch, label, backward=lambda part: part):
         logps, counts = answer_logps(self.model, batch)
-        return -logps.sum(), int(counts.sum()), {}
+        return backward(-logps.sum()), int(counts.sum()), {}
 
     def result(self):
         return self.model.to(precision(self.s, self.model.lm_head.weight.device)).eval()
@@ -234,7 +233,7 @@ class DPO:
     def prepare(self, progress):
         return "dpo", progress
 
-    def loss(self, batch, label):
+    def loss(self, batch, label, backward=lambda part: part):
         vision = None
         if batch.pixels is not None and not self.s.projector:
             vision = self.model.visual(batch.pixels, batch.grids)         # all frozen: once for both
@@ -245,7 +244,7 @@ class DPO:
         terms = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
                  "rewards/accuracies": (chosen > rejected).float(), "logps/chosen": pi[:, 0].detach(),
                  "logps/rejected": pi[:, 1].detach()}
-        return losses.sum(), len(pi), {name: value.sum() for name, value in terms.items()}
+        return backward(losses.sum()), len(pi), {name: value.sum() for name, value in terms.items()}
 
     def summed(self, batch, vision):
         """log pi(answer | prompt) -> (pairs, 2): rows alternate between chosen and rejected answers."""
@@ -324,10 +323,8 @@ def one_epoch(data, processor, probes=500):
 def prepared(s, phase, device):
     """-> the objective around a freshly loaded model, and the processor with the phase's caps."""
     model, processor = load_model(s, "model", device, **phase.objective.caps(s))
+    model.recompute = s.recompute
     objective = phase.objective(s, model)
-    if s.recompute:
-        for layer in model.layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return objective, processor
 
 

@@ -1,5 +1,6 @@
 """distill.py against independent computations: the losses by hooks and numpy, a step by another number of
 processes, a run that is killed by one that is not. Run: pytest tests/test_distill.py"""
+import copy
 import json
 import multiprocessing
 import os
@@ -264,6 +265,47 @@ def test_padding_adds_nothing(teacher, tmp_path):
         assert objective.loss(batch, label)[0].item() == loss.item()
 
 
+def gradients(objective, batch, label, parts):
+    """-> {mixer parameter: gradient}, and the most bytes alive on the way; parts: one by one, as the loop does it."""
+    def backward(part):
+        part.backward()
+        return part.detach()
+    objective.prepare(0.5)
+    objective.loss(batch, label)                          # what is made on first use is not counted
+    with Peak() as count:
+        loss, *_ = objective.loss(batch, label, **dict(backward=backward) if parts else {})
+        if not parts:
+            loss.backward()
+    grads = {n: p.grad for n, p in objective.mixers.items()}
+    for p in objective.mixers.values():
+        p.grad = None
+    return grads, count.peak
+
+
+def test_layers_that_are_fed_the_teachers_stream_are_differentiated_one_at_a_time(teacher, tmp_path):
+    """The gradients of the whole sum; and three times the layers need hardly more memory, where one graph needs it."""
+    peaks = {}
+    for layers in (4, 12):
+        s, f, _, processor = load(teacher, tmp_path)
+        f.model.language_model.layers.extend([copy.deepcopy(f.layers[i % 4]) for i in range(layers - 4)])
+        objective, (batch, _) = distill.Distillation(s, f, distill.convert(s, f)), three_rows(processor)
+        (one, peaks[layers]), (all_, joint) = (gradients(objective, batch, "stage 2", parts) for parts in (True, False))
+        assert one.keys() == all_.keys() and len(objective.replaced) == layers * 3 // 4
+        for name in one:
+            torch.testing.assert_close(one[name], all_[name], rtol=1e-12, atol=0)
+    size = sum(g.nbytes for g in one.values())            # gradients themselves are as many as the layers
+    assert peaks[12] - size < 1.1 * peaks[4] and joint - size > 4 * peaks[4]
+
+
+@pytest.mark.parametrize("label, feed", [("stage 2", "own"), ("stage 3", "teacher")])
+def test_recompute_gives_the_same_gradients_in_less_memory(teacher, tmp_path, label, feed):
+    kept, again = (gradients(distill.Distillation(s, f, g), three_rows(processor)[0], label, parts=True)
+                   for s, f, g, processor in (load(teacher, tmp_path, feed=feed, **flag) for flag in ({}, dict(recompute=True))))
+    for name in kept[0]:
+        torch.testing.assert_close(again[0][name], kept[0][name], rtol=1e-12, atol=0)
+    assert again[1] < 0.7 * kept[1]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Stage 3
 
@@ -277,9 +319,10 @@ class Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor):
-                storage = t.untyped_storage()
+        given, made = ([t.untyped_storage() for t in tree_leaves(x) if isinstance(t, torch.Tensor)]
+                       for x in ((args, kwargs), out))
+        for storage in made:                              # a view of what was there before is not made here
+            if storage._cdata not in {old._cdata for old in given}:
                 self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.live = {k: v for k, v in self.live.items() if not v[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self.live.values()))
@@ -409,13 +452,14 @@ def work(argv, environment, errors, poison=None):
     os.environ.update(environment)
     distill.World, distill.finish, loss = SMALL, lambda *args: None, distill.Distillation.loss
 
-    def poisoned(self, batch, label):
-        value, count, terms = loss(self, batch, label)
-        if poison[0] in batch.names and poison[1] == "loss":
-            value = value * float("nan")
-        elif poison[0] in batch.names:
-            value.register_hook(lambda g: g * float("nan"))
-        return value, count, terms
+    def poisoned(self, batch, label, backward):
+        def spoilt(part):
+            if poison[0] in batch.names and poison[1] == "loss":
+                part = part * float("nan")
+            elif poison[0] in batch.names:
+                part.register_hook(lambda g: g * float("nan"))
+            return backward(part)
+        return loss(self, batch, label, spoilt)
     if poison:
         distill.Distillation.loss = poisoned
     try:
