@@ -132,6 +132,7 @@ class DistillSettings(Settings):
     density_cache: str = setting("", "file that `density.py --cache` wrote for this data and teacher")
     suite: str = setting("", "of the embedded world to train on; empty: its mixture",
                          ["", "reading", "reasoning", "regimes"])
+    page: int = setting(10, "cells on a side of the embedded world's pages; a cell is a visual token", low=7)
     k: float = setting(25.0, "per cent of positions that the topk and random weights raise (A.8)", low=0, high=100)
     questions: int = setting(256, "evaluation questions a suite at the end, on the embedded world; 0: none", low=0)
 
@@ -693,11 +694,12 @@ def finish(s, teacher, student, processor):
     if s.data:
         print(f"The student is in {out}. python evaluate.py {s.teacher} {out} --bench NAME=FILE judges it.")
         return
-    draw_pages(teacher, processor, out / "density")
+    draw_pages(teacher, processor, out / "density", s.page)
     held = "the student (loads like its teacher), log.jsonl"
     if s.questions:
         benches = {s.suite: None} if s.suite else None
-        results = evaluate_models({"teacher": teacher, s.cond: student}, processor, s.questions, benches)
+        results = evaluate_models({"teacher": teacher, s.cond: student}, processor, s.questions, benches,
+                                  page=s.page)
         report = table(results)
         (out / "table.md").write_text(report + "\n")
         print(f"\n{report}\n")
@@ -705,12 +707,12 @@ def finish(s, teacher, student, processor):
     print(f"{out} holds {held}, and density maps in density/.")
 
 
-def draw_pages(teacher, processor, folder, count=3):
+def draw_pages(teacher, processor, folder, page, count=3):
     """Fig. 2 for evaluation pages: where the weight of C4 goes."""
     folder.mkdir(parents=True, exist_ok=True)
     m = teacher.config.vision.spatial_merge_size
     for suite in ("reading", "reasoning"):
-        for sample in (World("eval", 0, suite)[i] for i in range(count)):
+        for sample in (World("eval", 0, suite, (page, page))[i] for i in range(count)):
             e = processor.encode(sample)
             device, kind = teacher.lm_head.weight.device, teacher.lm_head.weight.dtype
             with torch.inference_mode():
@@ -748,9 +750,9 @@ def needs(s, folder, frozen, trained, drifts=0):
     def share(named):                                     # of the parameters that one device holds
         return sum(p.numel() / (world if ".self_attn." in n or ".mlp." in n else 1) for n, p in named.items())
     # Kept for the backward pass, a layer and position: the streams, the norms' inputs, the mixer's projections and
-    # the three products of the MLP; with --recompute the stream alone.
-    D, L = c.hidden_size, c.num_hidden_layers
-    row = D if s.recompute else 8 * D + 3 * c.intermediate_size + 6 * c.num_attention_heads * c.head_dim
+    # the MLP's gate and up, with their product where the MLP trains; with --recompute the stream alone.
+    D, L, products = c.hidden_size, c.num_hidden_layers, 2 + any(".mlp." in n for n in trained)
+    row = D if s.recompute else 8 * D + products * c.intermediate_size + 6 * c.num_attention_heads * c.head_dim
     rows = dict(frozen=share(frozen) * width, trained=share(trained) * 16,        # master, gradient, two moments
                 activations=s.micro_tokens * L * (row * width + 4 * D * drifts), head=3 * 512 * c.vocab_size * 4)
     GB = 2 ** 30
@@ -779,7 +781,7 @@ def main(argv=None):
         ranks = start(s)
         if s.data and s.suite:
             raise ValueError(f"--suite {s.suite} is of the embedded world, which --data {s.data} takes the place of")
-        dataset = read_data(s.data) if s.data else World("train", s.seed, s.suite or None)
+        dataset = read_data(s.data) if s.data else World("train", s.seed, s.suite or None, (s.page, s.page))
         teacher, student, processor = build(s, torch.device("cpu") if s.shard else ranks.device)
         if s.shard:
             shard(ranks, teacher, student)

@@ -491,27 +491,27 @@ def opened(cell, folder):
 
 
 def picture(reference):
-    """The image that a record names: FILE#ROW#COLUMN, or synthdoc:SUITE:SEED:INDEX."""
+    """The image that a record names: FILE#ROW#COLUMN, or synthdoc:SUITE:SEED:PAGE:INDEX."""
     if reference.startswith("synthdoc:"):
         from synthdoc import World
-        _, suite, seed, index = reference.split(":")
-        return World("eval", int(seed), suite)[int(index)].images[0]
+        _, suite, seed, page, index = reference.split(":")
+        return World("eval", int(seed), suite, (int(page), int(page)))[int(index)].images[0]
     file, row, column = reference.rsplit("#", 2)
     cell = next(itertools.islice(rows_of(file), int(row), None))[0][column]
     return opened(cell, Path(file).parent)
 
 
-def embedded_questions(suite, n, seed):
-    """The first question of each page, with its picture."""
+def embedded_questions(suite, n, seed, page):
+    """The first question of each page of `page` x `page` cells, with its picture."""
     from synthdoc import World
-    world = World("eval", seed, suite)
+    world = World("eval", seed, suite, cells=(page, page))
     for i in range(n or 500):
-        page = world[i]
-        prompt, gold = page.messages[0], page.messages[1]["content"][0]["text"]
+        sample = world[i]
+        prompt, gold = sample.messages[0], sample.messages[1]["content"][0]["text"]
         text = "".join(part.get("text", "") for part in prompt["content"])
-        yield (dict(benchmark=suite, id=page.id, part=page.source, image=[f"synthdoc:{suite}:{seed}:{i}"],
+        yield (dict(benchmark=suite, id=sample.id, part=sample.source, image=[f"synthdoc:{suite}:{seed}:{page}:{i}"],
                     question=text, gold=gold, row={"answer": gold}),
-               Sample(page.id, [prompt], page.images, page.source))
+               Sample(sample.id, [prompt], sample.images, sample.source))
 
 
 def file_questions(name, path, n):
@@ -565,13 +565,13 @@ def judged(record):
 
 
 def evaluate_models(models, processor, n=None, benches=None, seed=0, batch_size=16, max_new_tokens=None,
-                    device="cpu", dtype=None, keep=None):
+                    device="cpu", dtype=None, keep=None, page=10):
     """Asks every model the same questions. Returns {name: [records]}, what `table` and `gallery` take.
 
     models: {name: a Qwen3VL, or a folder that is loaded when its turn comes}. benches: {benchmark: path, or
     None for an embedded suite}, by default reading and reasoning. n: questions of each (None: 500 embedded ones, all of
     a file). max_new_tokens: a cap below each benchmark's own. keep: a folder in which answers-MODEL.jsonl grows as
-    the replies come, for they may take hours."""
+    the replies come, for they may take hours. page: cells on a side of an embedded page."""
     results, benches = {}, benches or dict.fromkeys(EMBEDDED[:2])
     for name, path in benches.items():                     # a missing column shows before the first answer
         if path is not None:
@@ -589,7 +589,7 @@ def evaluate_models(models, processor, n=None, benches=None, seed=0, batch_size=
             eyes, limit = copy.copy(processor), min(BENCHMARKS[name].new_tokens, max_new_tokens or math.inf)
             if path is not None:
                 eyes.min_pixels, eyes.max_pixels = (n * eyes.factor ** 2 for n in HARNESS_TOKENS)
-            asked = embedded_questions(name, n, seed) if path is None else file_questions(name, path, n)
+            asked = embedded_questions(name, n, seed, page) if path is None else file_questions(name, path, n)
             while window := list(itertools.islice(asked, 8 * batch_size)):     # so many images at once
                 records, samples = zip(*window)
                 replies = answer(model, eyes, samples, batch_size, limit, f"{model_name}: {name}")
@@ -981,6 +981,7 @@ def main(arguments=None):
     p.add_argument("--n", type=int,
                    help="the first n questions of each (default: 500 embedded; all of a file)")
     p.add_argument("--seed", type=int, default=0, help="of the embedded world")
+    p.add_argument("--page", type=int, default=10, help="cells on a side of an embedded page")
     p.add_argument("--batch-size", type=int, default=16)
     p.add_argument("--max-new-tokens", type=int, help="a cap below each benchmark's own length")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -1001,7 +1002,8 @@ def main(arguments=None):
     names = [m.strip("/").replace("/", "-") if names.count(n) > 1 else n for m, n in zip(a.models, names)]
     try:
         results = evaluate_models(dict(zip(names, a.models)), full_processor(a.models[0]), a.n, benches, a.seed,
-                                  a.batch_size, a.max_new_tokens, a.device, a.dtype and getattr(torch, a.dtype), a.out)
+                                  a.batch_size, a.max_new_tokens, a.device, a.dtype and getattr(torch, a.dtype), a.out,
+                                  a.page)
     except (BadSample, ValueError, OSError) as error:      # what the user can mend is said in one sentence
         sys.exit(str(error))
     report(results, a.out)

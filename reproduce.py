@@ -5,9 +5,9 @@
     python reproduce.py table1 --seeds 5 --jobs 2   # two runs of one thread each
 
 A run is one command of `distill.py` or `sft_dpo.py` in a process of its own and one judgement of its student on
-evaluation pages, which training never draws. What is kept of it is results/<run>.json: the flags and one 0 or 1 per
-question, so that any two runs can be paired. A run with its file is not repeated (remove the file when a default
-changes), and one that was interrupted goes on from its checkpoint. All conditions have the same budget, settings,
+evaluation pages, which training never draws. What is kept of it is results/<run>.json: its settings and one 0 or 1
+per question, so that any two runs can be paired. A run with its file is not repeated, a file made under other
+settings is refused, and a run that was interrupted goes on from its checkpoint. All conditions have the same budget, settings,
 data order and initial mixers for the same seed. Settings were chosen on training pages; one choice, what student
 layers read in Stages 1/2, was taken up again after evaluation pages had shown no gain of C4, and decided on
 training pages too (README, ledger 4).
@@ -47,12 +47,16 @@ TABLES = {
         f"{c}{k}": f"--cond {c} --k {k}" for k in (10, 25, 50) for c in ("topk", "random")}),
     "budget": ("Where density helps: token budget", {
         f"{c}-{k}k": f"--cond {c} --tokens {k}000" for k in (100, 500, 1000) for c in ("c3", "c4")}),
+    "pages": ("Where density helps: visual tokens of a page", {
+        f"{c}-page{n}": f"--cond {c} --page {n}" if c != "teacher" else f"--page {n}"
+        for n in (7, 14) for c in ("teacher", "c3", "c4")}),
     "state": ("Where density helps: attention in every second or eighth layer", {
         f"{c}-keep{k}": f"--cond {c} --keep-every {k}" for k in (2, 8) for c in ("c3", "c4")}),
     "regimes": ("Appendix A: pages on which density misranks, by family", {
         f"{c}-regimes": f"--cond {c} --suite regimes" for c in ("c1", "c3", "c4", "c5")}),
 }
-FLAGS = {name: flags for _, rows in TABLES.values() for name, flags in rows.items()}
+PHASES, TEACHERS = ("sft", "dpo"), ("teacher", "teacher-page7", "teacher-page14")
+FLAGS = {"teacher": ""} | {name: flags for _, rows in TABLES.values() for name, flags in rows.items()}
 COLUMNS = SUITES | {family: [family] for family in REGIMES["regimes"]}
 # (better, worse) as the paper has it, and the paper's difference on OCRBench v2
 PAIRS = [("c2", "c1", 2.6), ("c3", "c2", 1.4), ("c4", "c3", 4.7), ("c4", "c2", None),
@@ -65,53 +69,100 @@ PAIRS = [("c2", "c1", 2.6), ("c3", "c2", 1.4), ("c4", "c3", 4.7), ("c4", "c2", N
          ("c1-full", "c1", None), ("c3-full", "c3", None), ("c4-full", "c4", None), ("c4-visual", "c4", None),
          ("c1-paper", "c1", None), ("c3-paper", "c3", None), ("c4-paper", "c4", None),
          ("c4-100k", "c3-100k", None), ("c4-500k", "c3-500k", None), ("c4-1000k", "c3-1000k", None),
+         ("c4-page7", "c3-page7", None), ("c4-page14", "c3-page14", None),
          ("c4-keep2", "c3-keep2", None), ("c4-keep8", "c3-keep8", None), ("c3-regimes", "c1-regimes", None),
          ("c4-regimes", "c3-regimes", None), ("c5-regimes", "c4-regimes", None),
          ("topk10", "random10", 2.5), ("topk25", "random25", 5.2), ("topk50", "random50", 4.7)]
 
 
-def judge(folder, suites):
+def judge(folder, page, suites):
     """-> {family: string of 0 and 1, a question each}, the evaluation world's first QUESTIONS a suite."""
     import torch
     from data import Processor
     from evaluate import evaluate_models
     torch.set_num_threads(1)
     benches, processor = dict.fromkeys(suites), Processor(folder)
-    records = evaluate_models({"model": folder}, processor, QUESTIONS, benches, dtype=torch.float32)["model"]
+    records = evaluate_models({"model": folder}, processor, QUESTIONS, benches, dtype=torch.float32,
+                              page=page)["model"]
     marks = {}
     for r in records:
         marks[r["part"]] = marks.get(r["part"], "") + str(int(r["score"]))
     return marks
 
 
+def parent_of(name):
+    """The run whose student a phase goes on from: c4 -> c4-sft -> c4-dpo."""
+    phase = FLAGS[name]
+    return name.removesuffix("-" + phase) + ("-sft" if phase == "dpo" else "")
+
+
+def command(name, seed, out):
+    """The script and the flags that train a run."""
+    if FLAGS[name] in PHASES:
+        words = ["sft_dpo.py", FLAGS[name], "--model", str(out.with_name(f"{parent_of(name)}-seed{seed}"))]
+    else:
+        words = ["distill.py", "--tokens", str(TOKENS), *FLAGS[name].split()]
+    return [*words, "--seed", str(seed), "--questions", "0", "--threads", "1", "--out", str(out)]
+
+
+def settings_of(name, seed):
+    """All settings that decide a run's result, defaults filled in, with those of the run that it goes on from."""
+    from distill import DEFAULTS, DistillSettings, parse
+    from sft_dpo import PHASES as phases
+    if name in TEACHERS:
+        return {"page": page_of(name)}
+    script, *words = command(name, seed, HERE / "out" / name)
+    kind, defaults = DistillSettings, DEFAULTS
+    if script == "sft_dpo.py":
+        kind, defaults = phases[words[0]].settings, phases[words.pop(0)].defaults
+    idle = ("out", "model", "threads", "workers", "device", "save_every", "questions", "shard", "recompute", "dry_run")
+    chosen = {k: v for k, v in vars(parse(kind, defaults, words)).items() if k not in idle}
+    return chosen if script == "distill.py" else {**chosen, "from": settings_of(parent_of(name), seed)}
+
+
+def page_of(name):
+    return int(FLAGS[name].split("--page ")[1].split()[0]) if "--page" in FLAGS[name] else 10
+
+
+def differences(theirs, ours):
+    """What two settings differ in; one that the older lacks had today's default, or it would have been a change."""
+    return [line for k, v in theirs.items() for line in (
+        differences(v, ours[k]) if isinstance(v, dict) else [f"{k} {v} there, {ours.get(k)} now"] if ours.get(k) != v else [])]
+
+
+def refuse_stale(results):
+    for file in sorted(results.glob("*-seed*.json")):
+        stored = json.loads(file.read_text())
+        if stored["run"] in FLAGS and (changed := differences(stored["settings"], settings_of(stored["run"], stored["seed"]))):
+            sys.exit(f"{file.name} was made under other settings ({', '.join(changed)}): remove it to run it again")
+
+
 busy = defaultdict(Lock)                                  # a run that two others wait for is run once
 
 
 def one(name, seed, results, wanted="result"):
-    """Runs and judges one student, unless its result is there, or its folder when that is `wanted`."""
+    """Trains and judges one student, unless its result is there, or its folder when that is `wanted`."""
     with busy[name, seed]:
         file = results / f"{name}-seed{seed}.json"
         out = HERE / "out" / "reproduce" / f"{name}-seed{seed}"
         if file.exists() and (wanted == "result" or (out / "model.safetensors").exists()):
             return
-        flags = FLAGS[name]
-        if flags in ("sft", "dpo"):                       # c4 -> c4-sft -> c4-dpo
-            parent = name.removesuffix("-" + flags) + ("-sft" if flags == "dpo" else "")
-            one(parent, seed, results, wanted="folder")
-            command = ["sft_dpo.py", flags, "--model", str(out.with_name(f"{parent}-seed{seed}"))]
-        else:
-            command = ["distill.py", "--tokens", str(TOKENS), *flags.split()]
-        command += ["--seed", str(seed), "--questions", "0", "--threads", "1", "--out", str(out)]
+        if FLAGS[name] in PHASES:
+            one(parent_of(name), seed, results, wanted="folder")
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{out}.txt", "a") as log:
-            subprocess.run([sys.executable, *command], cwd=HERE, env=environment, check=True, stdout=log, stderr=log)
+            if name not in TEACHERS:
+                words = command(name, seed, out)
+                subprocess.run([sys.executable, *words], cwd=HERE, env=environment, check=True, stdout=log, stderr=log)
             if file.exists():                             # judged before; only its folder was wanted
                 return
-            suites = REGIMES if "--suite regimes" in flags else SUITES
-            marks = subprocess.run([sys.executable, "reproduce.py", "--judge", str(out), *suites], cwd=HERE,
-                                   env=environment, check=True, stdout=subprocess.PIPE, stderr=log, text=True).stdout
-        keep(file, dict(run=name, flags=flags, seed=seed, marks=json.loads(marks.splitlines()[-1])))
+            suites = SUITES | REGIMES if name == "teacher" else REGIMES if "--suite regimes" in FLAGS[name] else SUITES
+            words = [str(HERE / "tiny" if name in TEACHERS else out), str(page_of(name)), *suites]
+            marks = subprocess.run([sys.executable, "reproduce.py", "--judge", *words], cwd=HERE, env=environment,
+                                   check=True, stdout=subprocess.PIPE, stderr=log, text=True).stdout
+        keep(file, dict(run=name, flags=FLAGS[name], seed=seed, settings=settings_of(name, seed),
+                        marks=json.loads(marks.splitlines()[-1])))
 
 
 def keep(file, stored):
@@ -176,6 +227,9 @@ def where(marks):
     groups["by token budget, mean of the suites"] = {
         f"{k},000": gains(f"c4{end}", f"c3{end}", lambda m: np.mean(list(scores(m).values())) / 100)
         for k, end in ((100, "-100k"), (TOKENS // 1000, ""), (500, "-500k"), (1000, "-1000k"))}
+    groups["by visual tokens of a page, mean of the suites"] = {
+        str(n * n): gains(f"c4{end}", f"c3{end}", lambda m: np.mean(list(scores(m).values())) / 100)
+        for n, end in ((7, "-page7"), (10, ""), (14, "-page14"))}
     groups["by share of layers that keep attention, mean of the suites"] = {
         f"1 of {k}": gains(f"c4{end}", f"c3{end}", lambda m: np.mean(list(scores(m).values())) / 100)
         for k, end in ((2, "-keep2"), (4, ""), (8, "-keep8"))}
@@ -229,12 +283,12 @@ def write(results):
 
     home = {name: key for key, (_, rows) in reversed(TABLES.items()) for name in rows}          # its first table
     for key, (title, rows) in TABLES.items():
-        if not any(name in runs for name in rows):
+        if not set(rows) & set(runs) - set(TEACHERS):
             continue
         columns = list(REGIMES["regimes"] if key == "regimes" else SUITES)
         head, line = " | ".join(columns), "|---" * (3 + len(columns)) + "|"
         lines += [f"## {title}", "", f"| run | flags | seeds | {head} |", line]
-        for name, flags in {"teacher": "", **rows}.items():
+        for name, flags in (rows if key == "pages" else {"teacher": ""} | rows).items():
             if seeds := [v for v in runs.get(name, {}).values() if set(columns) <= set(v)]:
                 cells = [spread(*mean_error([v[c] for v in seeds])[:2]) for c in columns]
                 lines.append(f"| {name} | `{flags}` | {len(seeds)} | {' | '.join(cells)} |")
@@ -265,19 +319,18 @@ def main():
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     p.add_argument("--write", action="store_true", help="only write RESULTS.md")
-    p.add_argument("--judge", nargs="+", metavar=("FOLDER", "SUITE"), help="print a model's marks (what a run calls)")
+    p.add_argument("--judge", nargs="+", metavar="FOLDER PAGE SUITE", help="print a model's marks (what a run calls)")
     a = p.parse_args()
     if a.judge:
-        return print(json.dumps(judge(a.judge[0], a.judge[1:])))
+        return print(json.dumps(judge(a.judge[0], int(a.judge[1]), a.judge[2:])))
     results = HERE / "results"
     results.mkdir(exist_ok=True)
+    refuse_stale(results)
     if not a.write:
-        if not (results / "teacher-seed0.json").exists():
-            marks = judge(HERE / "tiny", SUITES | REGIMES)
-            keep(results / "teacher-seed0.json", dict(run="teacher", flags="", seed=0, marks=marks))
+        wanted = ["teacher", *(name for table in a.tables for name in TABLES[table][1])]
         with ThreadPoolExecutor(a.jobs) as pool:          # seed by seed, so that a short evening has whole seeds
             runs = {f"{name}-seed{seed}": pool.submit(one, name, seed, results) for seed in range(a.seeds)
-                    for table in a.tables for name in TABLES[table][1]}
+                    for name in wanted if seed == 0 or name not in TEACHERS}
         failed = [name for name, run in runs.items() if run.exception()]
     write(results)
     if not a.write and failed:

@@ -655,7 +655,7 @@ def test_gallery_shows_disagreements_in_two_colours(tmp_path):
     teacher, student = made_up("reading", [1, 1, 0, 0]), made_up("reading", [1, 0, 1, 0])
     for records in (teacher, student):
         for i, r in enumerate(records):
-            r["image"] = [f"synthdoc:reading:0:{i}"]
+            r["image"] = [f"synthdoc:reading:0:10:{i}"]
     E.gallery({"tiny": teacher, "c4": student}, tmp_path / "g.png")
     shown = np.asarray(Image.open(tmp_path / "g.png"))
     assert shown.shape[0] == 10 + 2 * 190                  # the two questions they agree on are left out

@@ -52,7 +52,25 @@ def test_flags_of_a_run_come_after_the_common_ones(commands, tmp_path):
     assert [commands[0][i + 1] for i, word in enumerate(commands[0]) if word == "--tokens"] == ["250000", "500000"]
     reproduce.one("c4-regimes", 0, tmp_path)
     asked = [c[c.index("--judge") + 2:] for c in commands if "--judge" in c]
-    assert asked == [["reading", "reasoning"], ["regimes"]] and "regimes" in commands[2]
+    assert asked == [["10", "reading", "reasoning"], ["10", "regimes"]] and "regimes" in commands[2]
+    reproduce.one("teacher-page14", 0, tmp_path)          # is judged as it is, on pages of that size
+    assert commands[4:] == [["reproduce.py", "--judge", str(tmp_path / "tiny"), "14", "reading", "reasoning"]]
+
+
+def test_a_result_of_other_settings_is_refused(commands, tmp_path, monkeypatch):
+    """Its own or those of the run it goes on from; a setting that is newer than the file is none of these."""
+    reproduce.one("c4-sft", 1, tmp_path)
+    reproduce.refuse_stale(tmp_path)
+    file = tmp_path / "c4-sft-seed1.json"
+    stored = json.loads(file.read_text())
+    assert stored["settings"]["lr"] == 1e-3 and stored["settings"]["from"]["cond"] == "c4"
+    del stored["settings"]["from"]["page"]
+    file.write_text(json.dumps(stored))
+    reproduce.refuse_stale(tmp_path)
+    stored["settings"]["from"]["feed"] = "own"
+    file.write_text(json.dumps(stored))
+    with pytest.raises(SystemExit, match="c4-sft-seed1.json was made under other settings .feed own there, teacher now"):
+        reproduce.refuse_stale(tmp_path)
 
 
 def test_means_and_errors_are_scipys(tmp_path):
