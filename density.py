@@ -406,7 +406,8 @@ class DensityCache:
         if key != wanted:
             raise CacheError(f"{where}: the index points at another sample's record")
         if image != _image_key(image_sha):
-            raise CacheError(f"{where}: the image's bytes are not those the cache was made from")
+            what = "the image's bytes are" if self.kind == "density" else "images, tokens or labels are"
+            raise CacheError(f"{where}: {what} not those the cache was made from")
         start = 4 + RECORD.size + 6 * n_images
         stored = list(struct.iter_unpack("<3H", block[4 + RECORD.size:start]))
         if stored != _grid_list(grids):
@@ -498,22 +499,25 @@ def draw_files(paths, teacher, processor, folder):
         print(f"{target}: {len(rho)} visual tokens, rho {rho.min():.3f} to {rho.max():.3f}")
 
 
+def named_samples(samples):
+    """Each sample of a corpus once, under its name in a run: a mixture draws its sources in rounds."""
+    from tqdm import tqdm
+    sources = {f"{n}/": source for n, source in getattr(samples, "sources", {}).items()} or {"": samples}
+    for prefix, i in tqdm([(p, i) for p, source in sources.items() for i in range(len(source))], unit=" samples"):
+        yield prefix + (sample := sources[prefix][i]).id, sample
+
+
 def cache_corpus(path, samples, teacher, processor):
     """Write rho of every sample that has an image, and say how large and how coarse the cache is."""
-    from tqdm import tqdm
     errors, made_with = [], cache_key(teacher, processor)
 
-    # A mixture draws its sources in rounds; each sample is cached once, under the name it has there.
-    sources = {f"{n}/": source for n, source in getattr(samples, "sources", {}).items()} or {"": samples}
-
     def records():
-        for prefix, i in tqdm([(p, i) for p, source in sources.items() for i in range(len(source))],
-                              desc="density", unit=" samples"):
-            if (sample := sources[prefix][i]).images:
+        for name, sample in named_samples(samples):
+            if sample.images:
                 encoded, rho = _sample_density(teacher, processor, sample)
                 visual = (encoded.ids == teacher.config.image_token_id)[None]
                 errors.append(quantisation_error(rho, visual, torch.ones_like(visual)))
-                yield prefix + sample.id, image_sha(sample.images), encoded.grids, rho
+                yield name, image_sha(sample.images), encoded.grids, rho
 
     write_cache(path, records(), made_with)
     cache = DensityCache(path, made_with)

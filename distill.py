@@ -23,6 +23,7 @@ The same command after any interruption goes on where the last checkpoint stands
 """
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
@@ -42,8 +43,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import IGNORED, BadSample, BadSamples, Plan, Processor, loader, read_data
-from density import WEIGHTS, CacheError, DensityCache, cache_key, draw_map, image_densities, image_sha
+from data import IGNORED, BadSample, BadSamples, Plan, Processor, collate, loader, read_data
+from density import (WEIGHTS, CacheError, DensityCache, cache_key, draw_map, fingerprint, image_densities, image_sha,
+                     named_samples, write_cache)
 from model import Config, Qwen3VL, causal_mask_needed, find_tensors, to_hybrid
 from synthdoc import World
 
@@ -129,7 +131,9 @@ class DistillSettings(Settings):
     tau: float = setting(0.5, "temperature of Eq. 3", low=1e-6)
     beta: float = setting(2.0, "text density over the mean visual density (Algorithm 1)", low=0)
     minmax: str = setting("all", "normalise before or after the text value enters (ledger 7)", ["all", "visual"])
-    density_cache: str = setting("", "file that `density.py --cache` wrote for this data and teacher")
+    density_cache: str = setting("", "file that `density.py --cache` wrote for this data and teacher; for conditions with "
+                                     "gradient weights, that --write-cache wrote")
+    write_cache: str = setting("", "only write the condition's gradient weights to this file, for later runs (B.2)")
     suite: str = setting("", "of the embedded world to train on; empty: its mixture",
                          ["", "reading", "reasoning", "regimes"])
     page: int = setting(10, "cells on a side of the embedded world's pages; a cell is a visual token", low=7)
@@ -307,15 +311,21 @@ class Distillation:
             p.requires_grad_(stage == 3)
         return f"stage {stage}", progress if self.s.schedule == "whole" else within
 
+    def scores(self, batch, e):
+        """Fisher scores as the condition uses them: (1 or S, B, T)."""
+        scores = fisher_scores(self.teacher, self.replaced, e, causal_mask_needed(batch.mask), batch.labels)
+        return dict(sum=scores.sum(0)[None], each=scores, middle=scores[len(scores) // 2][None])[self.cond.layers]
+
     def weights(self, batch, vision, e):
         """w of the condition: (B, T), or (S, B, T) where layers have their own."""
         c = self.student.config
         visual = (batch.ids == c.image_token_id) | (batch.ids == c.video_token_id)
         rho, options = torch.zeros(0, device=batch.ids.device), {}
         if self.cond.weight == "fisher":
-            scores = fisher_scores(self.teacher, self.replaced, e, causal_mask_needed(batch.mask), batch.labels)
-            kept = dict(sum=scores.sum(0)[None], each=scores, middle=scores[len(scores) // 2][None])[self.cond.layers]
-            w = [self.weigh(layer[batch.mask], visual, batch.mask) for layer in kept]
+            if self.cache:
+                found = [self.cache.get(key[0], contents(batch, b), key[2]) for b, key in enumerate(batch.keys)]
+                return self.weigh(torch.cat(found).to(batch.ids.device), visual, batch.mask)
+            w = [self.weigh(layer[batch.mask], visual, batch.mask) for layer in self.scores(batch, e)]
             return w[0] if len(w) == 1 else torch.stack(w)
         if self.cache and vision is not None:             # the tower's density of another day
             found = [self.cache.record(*key) if key[2] is not None else None for key in batch.keys]
@@ -361,6 +371,40 @@ class Distillation:
         kl, ce = kd_sums(h_s, h_t, target[rows], self.student.lm_head, self.teacher.lm_head)
         loss = self.s.lambda_kl * kl + self.s.lambda_ce * ce                            # Eq. 1
         return backward(loss), int(rows.sum()), dict(kl=kl.detach(), ce=ce.detach())    # one count for both
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Gradient weights of a corpus, once for many runs (B.2): in density.py's 4-bit format, one score per position
+
+
+def contents(batch, b):
+    """sha256 (hex) of what row b's scores hang on besides the model: its images, token ids and labels."""
+    real = batch.mask[b].cpu()
+    rows = torch.stack([batch.ids[b].cpu()[real], batch.labels[b].cpu()[real]])
+    return hashlib.sha256((batch.keys[b][1] or "").encode() + rows.numpy().tobytes()).hexdigest()
+
+
+def scores_key(objective, processor):
+    """The fingerprint of a cache of scores: the whole teacher, the processor, and the layers S that are read."""
+    layers = dict(layers=objective.cond.layers, replaced=objective.replaced, tower=cache_key(objective.teacher, processor))
+    return fingerprint(objective.teacher, layers)
+
+
+def write_scores(path, objective, processor, dataset):
+    """One teacher backward pass per sample (Eq. 7) -> a cache that --density-cache reads, in which scores are even
+    ratios apart: down to 1e-4 of a sample's largest, off by a factor of 1.36 at most."""
+    if objective.cond.weight != "fisher" or objective.cond.layers == "each":
+        raise ValueError(f"--write-cache is for gradient weights with one score per position (c5, sl), not {objective.s.cond}")
+
+    def records():
+        for name, sample in named_samples(dataset):
+            batch = collate([processor.encode(sample)], processor.pad_id).to(objective.teacher.lm_head.weight.device)
+            with torch.no_grad():
+                e = objective.teacher.embed(batch.ids, batch.mask, batch.pixels, batch.grids)
+            yield name, contents(batch, 0), batch.grids, objective.scores(batch, e)[0][batch.mask]
+    write_cache(path, records(), scores_key(objective, processor), kind="fisher")
+    cache = DensityCache(path, scores_key(objective, processor), kind="fisher")
+    print(f"{path}: {cache.n_records} samples, {cache.n_values} positions, {cache.bytes_per_value():.3f} bytes each")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -786,11 +830,21 @@ def main(argv=None):
         if s.shard:
             shard(ranks, teacher, student)
         objective = Distillation(s, teacher, student)
+        if s.write_cache or s.density_cache:
+            if not s.data:
+                raise ValueError("a cache is of files: --write-cache and --density-cache need --data")
+            processor.sha = image_sha
+        if s.write_cache and ranks.world > 1:
+            raise ValueError("--write-cache writes one file: start it as one process")
+        if s.write_cache:
+            return write_scores(s.write_cache, objective, processor, dataset)
         if s.density_cache:
-            if objective.cond.weight != "density":
-                raise ValueError(f"--density-cache serves conditions with density weights, and {s.cond} has none")
-            objective.cache, processor.sha = DensityCache(s.density_cache, cache_key(teacher, processor)), image_sha
-    except (ValueError, OSError) as error:
+            kind = objective.cond.weight
+            if kind not in ("density", "fisher") or objective.cond.layers == "each":
+                raise ValueError(f"--density-cache serves conditions with one density or score per position, not {s.cond}")
+            key = cache_key(teacher, processor) if kind == "density" else scores_key(objective, processor)
+            objective.cache = DensityCache(s.density_cache, key, kind)
+    except (ValueError, OSError, BadSample) as error:
         sys.exit(str(error))
     try:
         run(s, objective, processor, dataset, ranks)

@@ -252,6 +252,43 @@ def test_the_cache_that_density_py_writes_for_a_recipe_serves_a_run(teacher, tmp
         distill.main([*map(str, run), "--dtype", "float64", "--out", str(tmp_path / "other")])
 
 
+def test_cached_gradient_weights_are_the_live_ones_and_no_other_texts(teacher, tmp_path, monkeypatch):
+    """C5 from the file that --write-cache made, beside finite-difference-tested scores; rows with and without image."""
+    lines = []
+    for i in range(4):
+        page = World("train", 5, "receipt", cells=(3, 7))[i]
+        page.images[0].save(tmp_path / f"{i}.png")
+        lines.append(dict(id=f"page {i}", messages=page.messages[:2], images=[f"{i}.png"]))
+    lines.append(dict(id="talk", messages=[dict(role="user", content="who?"), dict(role="assistant", content="me and you")]))
+    data, cache = tmp_path / "d.jsonl", tmp_path / "scores"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = ["--teacher", teacher, "--data", data, "--tokens", 600, "--batch-tokens", 200, "--micro-tokens", 200,
+           "--threads", 1, "--stages", "50/50/0", "--cond", "c5", "--out", tmp_path / "run"]
+    distill.main([*map(str, run), "--write-cache", str(cache)])
+    s = distill.parse(distill.DistillSettings, distill.DEFAULTS, [*map(str, run)])
+    f, g, processor = distill.build(s, torch.device("cpu"))
+    objective = distill.Distillation(s, f, g)
+    processor.sha = distill.image_sha
+    samples = list(distill.read_data(str(data))[i] for i in range(5))
+    batch = collate([processor.encode(x) for x in samples], processor.pad_id)
+    with torch.no_grad():
+        e = f.embed(batch.ids, batch.mask, batch.pixels, batch.grids)
+    live = objective.weights(batch, None, e)
+    objective.cache = density.DensityCache(cache, distill.scores_key(objective, processor), "fisher")
+    kept = objective.weights(batch, None, e)
+    real = batch.mask & (live > 1e-3 * live.amax(1, keepdim=True))       # below, a weight is floored
+    assert not torch.equal(kept, live) and (kept / live)[real].log().abs().max() < 2 * np.log(1.36)
+    torch.testing.assert_close(kept.sum(1), batch.mask.sum(1).float())
+    monkeypatch.setattr(distill, "fisher_scores", None)   # a run with the cache never looks back
+    distill.main([*map(str, run), "--density-cache", str(cache)])
+    assert {line["stage"] for line in log(tmp_path / "run")} == {"stage 1", "stage 2"}
+    data.write_text(data.read_text().replace("me and you", "you and me"))
+    with pytest.raises(SystemExit, match="sample 'talk': images, tokens or labels are not"):
+        distill.main([*map(str, run[:-1]), str(tmp_path / "other"), "--density-cache", str(cache)])
+    with pytest.raises(SystemExit, match="c5, sl.*not ld"):
+        distill.main([*map(str, run[:-3]), "ld", "--out", str(tmp_path / "ld"), "--write-cache", str(cache)])
+
+
 def test_padding_adds_nothing(teacher, tmp_path):
     """A padded batch is the sum of its rows alone, and what stands in the padding does not matter."""
     s, f, g, processor = load(teacher, tmp_path)

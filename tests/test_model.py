@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import model
-from model import Qwen3VL, to_hybrid
+from model import Qwen3VL, SwiGLU, to_hybrid
 
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="transformers>=5 is the oracle")
 
@@ -395,6 +395,17 @@ def test_bfloat16_from_checkpoint_to_answer(teacher, tmp_path):
 
 GRID, PIXELS = torch.tensor([[1, 4, 4]]), torch.zeros(16, 1536)
 PLACES = torch.tensor([[5, START, *[IMAGE] * 4, END, 6]])
+
+
+def test_swiglu_has_the_right_gradients_and_keeps_only_its_inputs():
+    gate, up = torch.randn(2, 5, 7, dtype=torch.float64).requires_grad_().unbind()
+    assert torch.autograd.gradcheck(SwiGLU.apply, (gate, up))                     # finite differences
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = SwiGLU.apply(gate, up)
+    torch.testing.assert_close(y, gate / (1 + torch.exp(-gate)) * up, rtol=1e-12, atol=1e-12)
+    assert sum(t.numel() for t in kept) == 2 * gate.numel()
+
 
 
 @pytest.mark.parametrize("words, inputs", [
