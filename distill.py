@@ -233,8 +233,7 @@ def fisher_scores(teacher, replaced, e, mask, labels):
                 r = r + e.deepstack[i]
         target = following(labels)
         rows = target != IGNORED
-        hidden = teacher.norm(r)[rows]
-        _, nll = kd_sums(hidden, hidden.detach(), target[rows], teacher.lm_head, teacher.lm_head)
+        _, nll = kd_sums(teacher.norm(r)[rows], None, target[rows], teacher.lm_head, None)
         gradients = torch.autograd.grad(nll, streams)
     return torch.stack([g.float().square().sum(-1) for g in gradients])
 
@@ -243,20 +242,24 @@ def kd_sums(student_hidden, teacher_hidden, target, student_head, teacher_head, 
     """Sum of KL(teacher || student) and sum of CE over n rows; the n x V logits never exist at once.
 
     hidden (n, D), target (n,) with IGNORED where only the teacher speaks. Each chunk of rows is recomputed in the
-    backward pass, so what is kept is the hidden states alone. T = 1; logarithms in fp32.
+    backward pass, so what is kept is the hidden states alone. T = 1; logarithms in fp32. Without a teacher
+    (teacher_hidden None) the first sum is 0.
     """
     def piece(h_s, h_t, y):
         high = torch.promote_types(h_s.dtype, torch.float32)
         log_q = student_head(h_s).to(high).log_softmax(-1)                              # (chunk, V)
+        ce = F.nll_loss(log_q, y, reduction="sum", ignore_index=IGNORED)
+        if h_t is None:
+            return torch.zeros_like(ce), ce
         with torch.no_grad():
             log_p = teacher_head(h_t).to(high).log_softmax(-1)
-        kl = (log_p.exp() * (log_p - log_q)).sum()
-        return kl, F.nll_loss(log_q, y, reduction="sum", ignore_index=IGNORED)
+        return (log_p.exp() * (log_p - log_q)).sum(), ce
 
     kl = ce = student_hidden.sum() * 0.0                  # keeps the graph when no row is supervised
     for i in range(0, len(target), chunk):
-        a, b = checkpoint(piece, student_hidden[i:i + chunk], teacher_hidden[i:i + chunk], target[i:i + chunk],
-                          use_reentrant=False, preserve_rng_state=False)
+        h_t = None if teacher_hidden is None else teacher_hidden[i:i + chunk]
+        a, b = checkpoint(piece, student_hidden[i:i + chunk], h_t, target[i:i + chunk], use_reentrant=False,
+                          preserve_rng_state=False)
         kl, ce = kl + a, ce + b
     return kl, ce
 
