@@ -298,21 +298,21 @@ class Distillation:
         return not inner.startswith(tuple(self.student.layers[int(layer)].self_attn.INHERITED))
 
     def stage(self, progress):
-        """The stage (1, 2, 3) at this share of the budget, and the share of the stage that is done."""
+        """The stage (1, 2, 3) at this share of the budget, and the shares at which it begins and ends."""
         if self.cond.align is None:
-            return 3, progress
+            return 3, 0, 1
         borders = [0, self.shares[0] / 100, (self.shares[0] + self.shares[1]) / 100, 1]
         n = 1 + (progress >= borders[1]) + (progress >= borders[2])
-        return n, (progress - borders[n - 1]) / (borders[n] - borders[n - 1])
+        return n, borders[n - 1], borders[n]
 
     def prepare(self, progress):
-        """Opens what trains now. -> label, progress for the learning rate's schedule."""
-        stage, within = self.stage(progress)
+        """Opens what trains now. -> label, where the learning rate's schedule begins and ends, in shares of the budget."""
+        stage, *span = self.stage(progress)
         for name, p in self.mixers.items():
             p.requires_grad_(stage > 1 or self.is_new(name))
         for p in self.others.values():
             p.requires_grad_(stage == 3)
-        return f"stage {stage}", progress if self.s.schedule == "whole" else within
+        return f"stage {stage}", (0, 1) if self.s.schedule == "whole" else span
 
     def scores(self, batch, e):
         """Fisher scores as the condition uses them: (1 or S, B, T)."""
@@ -616,7 +616,7 @@ def stop_if_broken(ranks, suspects, names, norm, step):
 def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
     """Trains objective.parameters() over a budget of s.tokens tokens, resuming and saving in s.out.
 
-    objective: parameters() -> {name: parameter}; prepare(progress) -> (label, progress of the schedule);
+    objective: parameters() -> {name: parameter}; prepare(progress) -> (label, span of the schedule);
     loss(batch, label, backward) -> (sum, count, {name: sum}), as Distillation.loss. Sums and counts are added over
     micro-batches and ranks before they are divided, so that neither accumulation nor the number of processes changes
     a step.
@@ -665,7 +665,7 @@ def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
         return part.detach()
 
     while tokens < s.tokens:
-        before, (label, progress) = label, objective.prepare(tokens / s.tokens)
+        before, (label, (begin, end)) = label, objective.prepare(tokens / s.tokens)
         if before not in (None, label):
             save()
         torch.manual_seed(((s.seed * 1_000_003 + step) * 1_000_003 + ranks.rank) % 2 ** 63)         # dropout
@@ -686,7 +686,8 @@ def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
         reduce_gradients(ranks, parameters, count)
         norm = clip_gradients(ranks, parameters, s.clip)
         stop_if_broken(ranks, suspects, names, norm, step + 1)
-        rate = learning_rate(s, min(1.0, progress + s.batch_tokens / s.tokens))          # never 0 in the first step
+        done = ((tokens + s.batch_tokens) / s.tokens - begin) / (end - begin)           # never 0 in the first step
+        rate = learning_rate(s, min(1.0, done))
         for group in optimiser.param_groups:
             group["lr"] = rate
         optimiser.step()
@@ -828,7 +829,7 @@ def main(argv=None):
         ranks = start(s)
         if s.data and s.suite:
             raise ValueError(f"--suite {s.suite} is of the embedded world, which --data {s.data} takes the place of")
-        dataset = read_data(s.data) if s.data else World("train", s.seed, s.suite or None, (s.page, s.page))
+        dataset = read_data(s.data) if s.data else World("train", s.seed, s.suite or None, cells=(s.page, s.page))
         teacher, student, processor = build(s, torch.device("cpu") if s.shard else ranks.device)
         if s.shard:
             shard(ranks, teacher, student)

@@ -206,7 +206,7 @@ class SFT:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def prepare(self, progress):
-        return "sft", progress
+        return "sft", (0, 1)
 
     def loss(self, batch, label, backward=lambda part: part):
         logps, counts = answer_logps(self.model, batch)
@@ -231,7 +231,7 @@ class DPO:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def prepare(self, progress):
-        return "dpo", progress
+        return "dpo", (0, 1)
 
     def loss(self, batch, label, backward=lambda part: part):
         vision = None

@@ -34,7 +34,11 @@ ROOT = Path(distill.__file__).parent
 SPECIAL = [f"<|{name}|>" for name in
            ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")]
 NEW = {"conv", "dt_proj.weight", "dt_bias", "A_log", "D", "gate_proj.weight", "gate_proj.bias", "out_norm"}
-SMALL = partial(World, cells=(3, 7), questions=1)         # pages of 21 visual tokens
+
+
+def SMALL(*args, **options):
+    """The embedded world on pages of 21 visual tokens, whatever size is asked for."""
+    return World(*args, **{**options, "cells": (3, 7), "questions": 1})
 
 
 @pytest.fixture(scope="session")
@@ -463,6 +467,20 @@ def test_each_stage_moves_its_parameters_and_no_others(teacher, tmp_path, monkey
     fresh = Qwen3VL.from_pretrained(teacher).state_dict()
     assert all(torch.equal(fresh[n], p) for n, p in f.state_dict().items())             # the teacher stays as it was
     assert all(torch.equal(fresh[n], last[n]) for n in names - trains["stage 3"])
+
+
+@pytest.mark.parametrize("schedule", ["whole", "stage"])
+def test_the_rate_of_every_step_is_that_of_its_place_in_the_schedule(teacher, tmp_path, monkeypatch, schedule):
+    """A cosine to a tenth of the peak, over the run or over each stage; a step has the rate of its end, as planned."""
+    train(settings(teacher, tmp_path, schedule=schedule, warmup=0, cond="c3", tokens=3000), monkeypatch)
+    lines, begins = log(tmp_path), [0]
+    for line in lines:
+        at, share = begins[-1], dict(zip(("stage 1", "stage 2", "stage 3"), ((0, .4), (.4, .6), (.6, 1))))[line["stage"]]
+        a, b = (0, 1) if schedule == "whole" else share
+        x = min(1, ((at + 300) / 3000 - a) / (b - a))
+        assert line["lr"] == pytest.approx(1e-3 * (0.1 + 0.9 * (1 + np.cos(np.pi * x)) / 2), rel=1e-9)
+        begins.append(line["tokens"])
+    assert len(lines) > 8
 
 
 def test_schedule_and_decay_follow_the_recipe(teacher, tmp_path):

@@ -127,11 +127,11 @@ def train_distill(s, ranks=distill.Ranks(0, 1, torch.device("cpu")), stop=math.i
 def run(s, made, processor, data, ranks, stop):
     steps, loss = [1], made.loss
 
-    def dies(batch, label):
+    def dies(batch, label, backward):
         if steps[0] >= stop:
             raise Killed
         steps[0] += batch.last
-        return loss(batch, label)
+        return loss(batch, label, backward)
     made.loss = dies
     try:
         distill.run(s, made, processor, data, ranks, betas=(0.9, 0.999))
