@@ -524,11 +524,28 @@ def read_interleaved(row):
                 images=[image for text, image in pairs if not text])
 
 
+def asked(row, question, answer):
+    images = listed(row["image"])
+    return dict(images=images, messages=[{"role": "user", "content": marked(question, images)},
+                                         {"role": "assistant", "content": texts(answer)}])
+
+
 def read_vqa(row):
     """The benchmarks' training splits (DocVQA, TextVQA, ...): a question and its accepted answers; the first one."""
-    answer, images = listed(row.get("answers")) or listed(row["answer"]), listed(row["image"])
-    return dict(images=images, messages=[{"role": "user", "content": marked(row["question"], images)},
-                                         {"role": "assistant", "content": texts(answer[0])}])
+    return asked(row, row["question"], (listed(row.get("answers")) or listed(row["answer"]))[0])
+
+
+def read_choices(row):
+    """AI2D: options, and the number of the right one. The answer is its letter, as evaluate.py asks for it."""
+    options = [f"{chr(65 + i)}. {option}" for i, option in enumerate(row["options"])]
+    if not 0 <= (right := int(row["answer"])) < len(options):
+        raise ValueError(f"the answer {row['answer']} is none of {len(options)} options")
+    return asked(row, "\n".join([row["question"], *options, "Answer with the option's letter from the given choices directly."]),
+                 chr(65 + right))
+
+
+def read_chartqa(row):
+    return asked(row, row["query"], listed(row["label"])[0])
 
 
 def read_synthdog(row):
@@ -554,6 +571,8 @@ FORMATS = [
     ({"instruction", "completions"}, read_vlfeedback),
     ({"question", "chosen", "rejected"}, read_mmpr),
     ({"chosen", "rejected"}, read_ultrafeedback),
+    ({"question", "image", "options", "answer"}, read_choices),
+    ({"query", "image", "label"}, read_chartqa),
     ({"question", "image", "answers"}, read_vqa),
     ({"question", "image", "answer"}, read_vqa),
     ({"image", "ground_truth"}, read_synthdog),
@@ -572,6 +591,8 @@ def to_sample(row, folder, where, source):
         raise BadSample(f"{where} has {found}, which fit no known format.")
     try:
         fields = read(row)
+        if links := [i for i in fields.get("images", ()) if i.startswith(("http://", "https://"))]:
+            raise BadSample(f"{where} has an image by its address ({links[0]}): download it and give its path.")
         fields["images"] = [str(folder / image.removeprefix("file://")) for image in fields.get("images", ())]
         name = row.get("id") if read is read_messages else None      # published ids repeat, lines do not
         return Sample(str(name or where), source=row.get("source") or source, where=where, **fields)

@@ -3,7 +3,8 @@
 A patch that looks like its neighbours (sky, margin, wall) gets little weight in the residual alignment, one
 that differs from them (a letter, a chart mark, an edge) gets much. Nothing is trained and the student gains
 nothing to carry. Down the file: Eq. 2 turns features into rho, Algorithm 1 turns rho into w, the controls of
-A.6 and A.8 turn other scores into w, a 4-bit cache keeps rho for a corpus, and a drawing shows it (Fig. 2).
+A.6 and A.8 turn other scores into w, a 4-bit cache keeps rho (or C5's gradient scores) for a corpus, and a drawing
+shows rho (Fig. 2).
 
     python density.py page.png photo.jpg --out maps             # Fig. 2 for pictures of your own
     python density.py --cache rho.cache --data train.jsonl --teacher Qwen3-VL-8B-Instruct
@@ -203,9 +204,9 @@ def score_weights(scores, mask):
 
 @torch.no_grad()
 def fisher_weights(scores, visual, mask, names=None, *, beta=2.0):
-    """C5 HEED-G (Eq. 7): scores, sum over layers of |g|^2, one per real position or one per visual position.
+    """C5 HEED-G (Eq. 7): scores, sum over layers of |g|^2, one per real position, or one per visual position.
 
-    In the second case all others get beta times the visual mean, as B.2 derives them for the cache.
+    In the second case, which is how B.2 counts its cache, all others get beta times the visual mean.
     """
     if scores is not None and scores.numel() == mask.sum():
         scores = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, scores.float())
@@ -225,7 +226,7 @@ WEIGHTS = {
 }
 
 # ----------------------------------------------------------------------------------------------------------
-# The 4-bit cache (B.2, C.5): rho of a corpus, two values per byte
+# The 4-bit cache (B.2, C.5): rho of a corpus, or gradient scores, two values per byte
 #
 #   head     128 bytes: magic, CRC of the rest, version, kind, fingerprint, counts, place and CRC of the index
 #   records  64-byte aligned: CRC of the rest, sample, image, low, high, mean, count, grids, nibbles
@@ -331,7 +332,7 @@ def write_cache(path, records, fingerprint, kind="density"):
     """Write a cache in one pass over records of (sample_id, image_sha, grids (k, 3) or None, values (n,)).
 
     The file takes its name only when it is whole and on disk; if anything fails before, what stood there
-    still stands. Samples without an image have nothing to store: leave them out. Raises CacheError for two
+    still stands. A sample without an image has no rho: leave it out. Raises CacheError for two
     samples of one id, and for values that are missing, not finite or (fisher) negative.
     """
     path, index, n_values = Path(path), {}, 0
@@ -499,27 +500,40 @@ def draw_files(paths, teacher, processor, folder):
         print(f"{target}: {len(rho)} visual tokens, rho {rho.min():.3f} to {rho.max():.3f}")
 
 
-def named_samples(samples):
-    """Each sample of a corpus once, under its name in a run: a mixture draws its sources in rounds."""
+def records(samples, make, skip=False):
+    """make(name, sample) of each sample of a corpus, once, under its name in a run (a mixture draws its sources in
+    rounds), unless it is None. skip: samples that cannot be used are left out and counted, as `--skip-bad` does."""
+    from data import BadSample, BadSamples
     from tqdm import tqdm
+    bad = BadSamples(skip)
     sources = {f"{n}/": source for n, source in getattr(samples, "sources", {}).items()} or {"": samples}
     for prefix, i in tqdm([(p, i) for p, source in sources.items() for i in range(len(source))], unit=" samples"):
-        yield prefix + (sample := sources[prefix][i]).id, sample
+        try:
+            sample = sources[prefix][i]
+            record = make(prefix + sample.id, sample)
+        except BadSample as error:
+            bad.saw(1, [str(error)])
+            continue
+        bad.saw(1)
+        if record:
+            yield record
+    if bad.bad:
+        print(f"{bad.bad} of {bad.seen} samples were left out; the first: {' '.join(bad.first)}")
 
 
-def cache_corpus(path, samples, teacher, processor):
+def cache_corpus(path, samples, teacher, processor, skip=False):
     """Write rho of every sample that has an image, and say how large and how coarse the cache is."""
     errors, made_with = [], cache_key(teacher, processor)
 
-    def records():
-        for name, sample in named_samples(samples):
-            if sample.images:
-                encoded, rho = _sample_density(teacher, processor, sample)
-                visual = (encoded.ids == teacher.config.image_token_id)[None]
-                errors.append(quantisation_error(rho, visual, torch.ones_like(visual)))
-                yield name, image_sha(sample.images), encoded.grids, rho
+    def record(name, sample):
+        if not sample.images:
+            return None
+        encoded, rho = _sample_density(teacher, processor, sample)
+        visual = (encoded.ids == teacher.config.image_token_id)[None]
+        errors.append(quantisation_error(rho, visual, torch.ones_like(visual)))
+        return name, image_sha(sample.images), encoded.grids, rho
 
-    write_cache(path, records(), made_with)
+    write_cache(path, records(samples, record, skip), made_with)
     cache = DensityCache(path, made_with)
     print(f"{path}: {cache.n_records} samples, {cache.n_values} visual tokens, {cache.bytes_per_value():.3f} "
           f"bytes per token; 4 bits move w by at most {100 * max(errors, default=0):.1f} %")
@@ -532,6 +546,7 @@ def main():
     parser.add_argument("--out", default=".", help="folder for the drawings")
     parser.add_argument("--cache", help="write a cache to this file")
     parser.add_argument("--data", help="the JSONL corpus or recipe it is made from")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out unusable samples, up to 0.1 %%")
     parser.add_argument("--dtype", default="", choices=["", "bfloat16", "float32", "float64"],
                         help="as distill.py's: a cache serves runs in the dtype it was made in")
     args = parser.parse_args()
@@ -547,7 +562,7 @@ def main():
         if args.images:
             draw_files(args.images, teacher, processor, args.out)
         if args.cache:
-            cache_corpus(args.cache, read_data(args.data), teacher, processor)
+            cache_corpus(args.cache, read_data(args.data), teacher, processor, args.skip_bad)
     except (BadSample, CacheError) as error:
         raise SystemExit(str(error))
 

@@ -19,7 +19,7 @@ mixers train, so teacher and student share all other modules and walk the decode
     w         w(p), Eq. 3                 (B, T)      sums to the number of real positions in every row
     replaced  S; streams are read at S* = S + 1, the output of each replaced layer
 
-The same command after any interruption goes on where the last checkpoint stands, and ends with the same bits.
+The same command after any interruption goes on where the last checkpoint stands, and on CPUs ends with the same bits.
 """
 import argparse
 import copy
@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from data import IGNORED, BadSample, BadSamples, Plan, Processor, collate, loader, read_data
 from density import (WEIGHTS, CacheError, DensityCache, cache_key, draw_map, fingerprint, image_densities, image_sha,
-                     named_samples, write_cache)
+                     records, write_cache)
 from model import Config, Qwen3VL, causal_mask_needed, find_tensors, to_hybrid
 from synthdoc import World
 
@@ -106,8 +106,8 @@ class Settings:
     dtype: str = setting("", "of frozen weights and activations; empty: bfloat16 on cuda, else float32",
                          ["", "bfloat16", "float32", "float64"])
     shard: bool = setting(False, "split the decoder's weights and optimiser state among the devices (FSDP2)")
-    recompute: bool = setting(False, "recompute layers in the backward pass where one graph passes them all (Stage 3, SFT, DPO): "
-                              "less memory, a third more time")
+    recompute: bool = setting(False, "recompute layers in the backward pass wherever one graph passes them all (not in "
+                              "Stages 1/2 fed the teacher's stream): less memory, a third more time")
     skip_bad: bool = setting(False, "leave out unusable samples, up to 0.1 %, instead of stopping")
     dry_run: bool = setting(False, "say what the run would need, and stop")
 
@@ -233,33 +233,41 @@ def fisher_scores(teacher, replaced, e, mask, labels):
                 r = r + e.deepstack[i]
         target = following(labels)
         rows = target != IGNORED
-        _, nll = kd_sums(teacher.norm(r)[rows], None, target[rows], teacher.lm_head, None)
+        nll = -token_logps(teacher.norm(r)[rows], target[rows], teacher.lm_head).sum()
         gradients = torch.autograd.grad(nll, streams)
     return torch.stack([g.float().square().sum(-1) for g in gradients])
+
+
+def token_logps(hidden, target, head, chunk=512):
+    """log p of each target: hidden (n, D), target (n,) -> (n,), in fp32 at least. The n x V logits never
+    exist at once: each chunk of rows is recomputed in the backward pass."""
+    def piece(h, y):
+        logits = head(h)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))            # (chunk, V)
+        return -F.cross_entropy(logits, y, reduction="none")
+    parts = [checkpoint(piece, hidden[i:i + chunk], target[i:i + chunk], use_reentrant=False, preserve_rng_state=False)
+             for i in range(0, len(target), chunk)]
+    return torch.cat(parts or [hidden.sum(-1)])           # no supervised row: (0,), still tied to the graph
 
 
 def kd_sums(student_hidden, teacher_hidden, target, student_head, teacher_head, chunk=512):
     """Sum of KL(teacher || student) and sum of CE over n rows; the n x V logits never exist at once.
 
     hidden (n, D), target (n,) with IGNORED where only the teacher speaks. Each chunk of rows is recomputed in the
-    backward pass, so what is kept is the hidden states alone. T = 1; logarithms in fp32. Without a teacher
-    (teacher_hidden None) the first sum is 0.
+    backward pass, so what is kept is the hidden states alone. T = 1; logarithms in fp32.
     """
     def piece(h_s, h_t, y):
         high = torch.promote_types(h_s.dtype, torch.float32)
         log_q = student_head(h_s).to(high).log_softmax(-1)                              # (chunk, V)
         ce = F.nll_loss(log_q, y, reduction="sum", ignore_index=IGNORED)
-        if h_t is None:
-            return torch.zeros_like(ce), ce
         with torch.no_grad():
             log_p = teacher_head(h_t).to(high).log_softmax(-1)
         return (log_p.exp() * (log_p - log_q)).sum(), ce
 
     kl = ce = student_hidden.sum() * 0.0                  # keeps the graph when no row is supervised
     for i in range(0, len(target), chunk):
-        h_t = None if teacher_hidden is None else teacher_hidden[i:i + chunk]
-        a, b = checkpoint(piece, student_hidden[i:i + chunk], h_t, target[i:i + chunk], use_reentrant=False,
-                          preserve_rng_state=False)
+        a, b = checkpoint(piece, student_hidden[i:i + chunk], teacher_hidden[i:i + chunk], target[i:i + chunk],
+                          use_reentrant=False, preserve_rng_state=False)
         kl, ce = kl + a, ce + b
     return kl, ce
 
@@ -325,6 +333,8 @@ class Distillation:
         visual = (batch.ids == c.image_token_id) | (batch.ids == c.video_token_id)
         rho, options = torch.zeros(0, device=batch.ids.device), {}
         if self.cond.weight == "fisher":
+            if self.cache and batch.weight == 0:          # a stand-in is no sample
+                return batch.mask.float()
             if self.cache:
                 found = [self.cache.get(key[0], contents(batch, b), key[2]) for b, key in enumerate(batch.keys)]
                 return self.weigh(torch.cat(found).to(batch.ids.device), visual, batch.mask)
@@ -396,17 +406,17 @@ def scores_key(objective, processor):
 def write_scores(path, objective, processor, dataset):
     """One teacher backward pass per sample (Eq. 7) -> a cache that --density-cache reads, in which scores are even
     ratios apart: down to 1e-4 of a sample's largest, off by a factor of 1.36 at most."""
-    if objective.cond.weight != "fisher" or objective.cond.layers == "each":
-        raise ValueError(f"--write-cache is for gradient weights with one score per position (c5, sl), not {objective.s.cond}")
+    key = scores_key(objective, processor)
 
-    def records():
-        for name, sample in named_samples(dataset):
-            batch = collate([processor.encode(sample)], processor.pad_id).to(objective.teacher.lm_head.weight.device)
-            with torch.no_grad():
-                e = objective.teacher.embed(batch.ids, batch.mask, batch.pixels, batch.grids)
-            yield name, contents(batch, 0), batch.grids, objective.scores(batch, e)[0][batch.mask]
-    write_cache(path, records(), scores_key(objective, processor), kind="fisher")
-    cache = DensityCache(path, scores_key(objective, processor), kind="fisher")
+    def record(name, sample):
+        if sample.chosen is not None:
+            raise BadSample(f"{sample.where or name} is a preference pair, which has no one answer to take a gradient of.")
+        batch = collate([processor.encode(sample)], processor.pad_id).to(objective.teacher.lm_head.weight.device)
+        with torch.no_grad():
+            e = objective.teacher.embed(batch.ids, batch.mask, batch.pixels, batch.grids)
+        return name, contents(batch, 0), batch.grids, objective.scores(batch, e)[0][batch.mask]
+    write_cache(path, records(dataset, record, objective.s.skip_bad), key, kind="fisher")
+    cache = DensityCache(path, key, kind="fisher")
     print(f"{path}: {cache.n_records} samples, {cache.n_values} positions, {cache.bytes_per_value():.3f} bytes each")
 
 
@@ -541,11 +551,12 @@ def load_checkpoint(out, s):
     if not (out / "latest").exists():
         return None
     state = torch.load(out / (out / "latest").read_text() / "state.pt", map_location="cpu", mmap=True, weights_only=True)
-    free = {"out", "threads", "workers", "device", "dry_run", "save_every", "questions",
-            "shard"}                                      # may change between
-    theirs, ours = state["settings"], asdict(s)
-    changed = [f"--{k.replace('_', '-')} {theirs.get(k)} there, {ours[k]} here" for k in ours
-               if k not in free and theirs.get(k) != ours[k]]
+    free = {"out", "threads", "workers", "device", "dry_run", "save_every", "questions", "shard", "recompute",
+            "write_cache"}                                # may change between
+    ours = asdict(s)
+    theirs = {f.name: f.default for f in fields(s)} | state["settings"]                 # a newer flag had its default
+    changed = [f"--{k.replace('_', '-')} {theirs[k]} there, {ours[k]} here" for k in ours
+               if k not in free and theirs[k] != ours[k]]
     if changed:
         sys.exit(f"{out} holds a run with other settings ({'; '.join(changed)}): go on with those, or choose another "
                  "--out")
@@ -646,7 +657,9 @@ def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
     batches = iter(loader(dataset, processor, plan, s.workers, pin_memory=ranks.device.type == "cuda"))
     bar = tqdm(total=s.tokens, initial=tokens, unit=" tokens", unit_scale=True, disable=ranks.rank > 0,
                smoothing=0.1, dynamic_ncols=True)
-    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=precision(s, ranks.device) == torch.bfloat16)
+    # Without its cache of cast weights, which would keep a whole copy of what is sharded until the context ends.
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=precision(s, ranks.device) == torch.bfloat16,
+                              cache_enabled=not s.shard)
 
     def save():
         values = {n: whole(p.detach(), ranks) for n, p in named.items()}
@@ -659,11 +672,6 @@ def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
                 bad=dict(seen=bad.seen, bad=bad.bad, first=bad.first), settings=asdict(s)))
         ranks.wait()
 
-    def backward(part):
-        with torch.autocast(ranks.device.type, enabled=False):
-            (part * batch.weight).backward()              # weight 0: a stand-in so that all ranks do as many
-        return part.detach()
-
     while tokens < s.tokens:
         before, (label, (begin, end)) = label, objective.prepare(tokens / s.tokens)
         if before not in (None, label):
@@ -673,6 +681,11 @@ def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
         while not last:                                   # the micro-batches of one step
             batch = next(batches).to(ranks.device)
             last, cursor, names = batch.last, batch.cursor, names + batch.names
+
+            def backward(part, weight=batch.weight):      # weight 0: a stand-in so that all ranks do as many
+                with torch.autocast(ranks.device.type, enabled=False):
+                    (part * weight).backward()
+                return part.detach()
             with autocast:
                 loss, count, terms = objective.loss(batch, label, backward)
             if not torch.isfinite(loss):
@@ -770,6 +783,26 @@ def draw_pages(teacher, processor, folder, page, count=3):
             draw_map(sample.images[0], rho).save(folder / f"{sample.source}.png")
 
 
+def check(s):
+    """Refuses flags that contradict each other, before anything is loaded. Raises ValueError."""
+    cond, caches = CONDS[s.cond], s.write_cache or s.density_cache
+    gradient = cond.weight == "fisher" and cond.layers != "each"
+    if s.data and (s.suite or s.page != 10):
+        raise ValueError("--suite and --page are of the embedded world, which --data takes the place of")
+    if caches and not s.data:
+        raise ValueError("a cache is of files: --write-cache and --density-cache need --data")
+    if s.write_cache and s.density_cache:
+        raise ValueError("--write-cache makes a file for later runs, --density-cache reads one: give one of them")
+    if s.write_cache and not gradient:
+        raise ValueError(f"--write-cache is for gradient weights with one score per position (c5, sl), not {s.cond}")
+    if s.write_cache and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--write-cache writes one file: start it as one process")
+    if s.density_cache and not (gradient or cond.weight == "density"):
+        raise ValueError(f"--density-cache serves conditions with one density or score per position, not {s.cond}")
+    if s.density_cache and not Path(s.density_cache).is_file():
+        raise ValueError(f"--density-cache {s.density_cache}: there is no such file")
+
+
 def dry_run(s):
     """What the run would need, from the config alone: no weights are read, so it works before the download ends."""
     device = torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -824,30 +857,25 @@ def main(argv=None):
     s = parse(DistillSettings, DEFAULTS, argv, __doc__.split("\n")[0])
     s.out = s.out or f"out/{s.cond}"
     try:                                                  # what the user can mend is said in one sentence
+        check(s)
         if s.dry_run:
             return dry_run(s)
         ranks = start(s)
-        if s.data and s.suite:
-            raise ValueError(f"--suite {s.suite} is of the embedded world, which --data {s.data} takes the place of")
         dataset = read_data(s.data) if s.data else World("train", s.seed, s.suite or None, cells=(s.page, s.page))
         teacher, student, processor = build(s, torch.device("cpu") if s.shard else ranks.device)
+        if s.write_cache or s.density_cache:
+            processor.sha = image_sha
+        if s.write_cache:
+            return write_scores(s.write_cache, Distillation(s, teacher, student), processor, dataset)
+        cache, kind = None, CONDS[s.cond].weight
+        if s.density_cache:                               # its fingerprint is of whole weights, so before they are split
+            key = cache_key(teacher, processor) if kind == "density" else \
+                scores_key(Distillation(s, teacher, student), processor)
+            cache = DensityCache(s.density_cache, key, kind)
         if s.shard:
             shard(ranks, teacher, student)
         objective = Distillation(s, teacher, student)
-        if s.write_cache or s.density_cache:
-            if not s.data:
-                raise ValueError("a cache is of files: --write-cache and --density-cache need --data")
-            processor.sha = image_sha
-        if s.write_cache and ranks.world > 1:
-            raise ValueError("--write-cache writes one file: start it as one process")
-        if s.write_cache:
-            return write_scores(s.write_cache, objective, processor, dataset)
-        if s.density_cache:
-            kind = objective.cond.weight
-            if kind not in ("density", "fisher") or objective.cond.layers == "each":
-                raise ValueError(f"--density-cache serves conditions with one density or score per position, not {s.cond}")
-            key = cache_key(teacher, processor) if kind == "density" else scores_key(objective, processor)
-            objective.cache = DensityCache(s.density_cache, key, kind)
+        objective.cache = cache
     except (ValueError, OSError, BadSample) as error:
         sys.exit(str(error))
     try:

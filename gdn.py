@@ -271,10 +271,12 @@ class GatedDeltaNet(nn.Module):
         H, G, P = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
         q = self.q_norm(self.q_proj(x).view(b, T, H, P))                                # (B, T, H, P)
         k = self.k_norm(self.k_proj(x).view(b, T, G, P))                                # (B, T, G, P)
-        u = torch.cat([self.v_proj(x), k.flatten(2), q.flatten(2)], dim=-1)             # (B, T, (2G+H)P)
+        v = self.v_proj(x)                                                              # (B, T, GP)
+        # v's dtype for all: on GPUs, autocast lets norms answer in fp32.
+        u = torch.cat([v, k.flatten(2).to(v.dtype), q.flatten(2).to(v.dtype)], dim=-1)  # (B, T, (2G+H)P)
         u, conv = causal_conv(u, self.conv, mask, state and state.conv)
         v, k, q = (z.unflatten(-1, (-1, P)) for z in u.split([G * P, G * P, H * P], dim=-1))
-        k, q = (F.rms_norm(z, (P,), eps=1e-6) * P ** -0.5 for z in (k, q))              # to unit length
+        k, q = (F.rms_norm(z, (P,), eps=1e-6).to(v.dtype) * P ** -0.5 for z in (k, q))  # to unit length
         wide = torch.promote_types(x.dtype, torch.float32)
         beta = torch.sigmoid(self.beta_proj(x).to(wide))                                # (B, T, H)
         log_a = -torch.exp(self.A_log.to(wide)) * F.softplus(

@@ -361,9 +361,11 @@ class Mamba2(nn.Module):
     def forward(self, x, mask=None, state=None, rope=None):                             # (B, T, D); no rope
         b, T, _ = x.shape
         H, G, P = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
+        v = self.v_proj(x)                                                              # (B, T, GP)
         C = self.q_norm(self.q_proj(x).view(b, T, H, P)) * P ** -0.5                    # (B, T, H, P)
         B = self.k_norm(self.k_proj(x).view(b, T, G, P))                                # (B, T, G, P)
-        u = torch.cat([self.v_proj(x), B.flatten(2), C.flatten(2)], dim=-1)             # (B, T, (2G+H)P)
+        # v's dtype for all: on GPUs, autocast lets norms answer in fp32.
+        u = torch.cat([v, B.flatten(2).to(v.dtype), C.flatten(2).to(v.dtype)], dim=-1)  # (B, T, (2G+H)P)
         u, conv = causal_conv(u, self.conv, mask, state and state.conv)
         v, B, C = (z.unflatten(-1, (-1, P)) for z in u.split([G * P, G * P, H * P], dim=-1))
         wide = torch.promote_types(x.dtype, torch.float32)

@@ -448,7 +448,7 @@ def mrope_positions(ids, mask, grids, config):
     frames = iter([(h // m, w // m) for t, h, w in (grids.tolist() if grids is not None else ()) for _ in range(t)])
     visual = ((ids == config.image_token_id) | (ids == config.video_token_id)).tolist()
     real = [[True] * T] * B if mask is None else mask.tolist()
-    positions, following = torch.zeros(3, B, T, dtype=torch.long), []
+    positions, after = torch.zeros(3, B, T, dtype=torch.long), []
     for b in range(B):
         kept = [t for t in range(T) if real[b][t]]
         columns, p, i = [], 0, 0
@@ -473,10 +473,10 @@ def mrope_positions(ids, mask, grids, config):
             i += run
         if columns:
             positions[:, b, torch.tensor(kept)] = torch.cat(columns, dim=1)
-        following.append(p)
+        after.append(p)
     if next(frames, None) is not None:
         raise ValueError("there are more image grids than images in the token ids")
-    return positions.to(ids.device), torch.tensor(following, device=ids.device)
+    return positions.to(ids.device), torch.tensor(after, device=ids.device)
 
 
 def mrope(positions, config, dtype):
@@ -500,7 +500,7 @@ class Embedded(NamedTuple):
     x: torch.Tensor                 # (B, T, D)  the residual stream before layer 0
     deepstack: list                 # of (B, T, D), zero off the images; [j] is added after layer j
     rope: tuple                     # cos, sin: (B, T, P) each
-    following: torch.Tensor         # (B,)  position of the next token
+    next_position: torch.Tensor     # (B,)  of the token that comes after these
 
 
 def causal_mask_needed(mask):
@@ -540,7 +540,7 @@ class Qwen3VL(nn.Module):
         if vision is None and (pixels is None) != (grids is None):
             raise ValueError("pixels and grids belong together, but only one of them is given")
         x = self.model.language_model.embed_tokens(ids)                                 # (B, T, D)
-        positions, following = mrope_positions(ids, mask, grids, self.config)
+        positions, next_position = mrope_positions(ids, mask, grids, self.config)
         rope = mrope(positions, self.config.text, x.dtype)
         if vision is None and pixels is not None:
             vision = self.visual(pixels, grids)
@@ -550,7 +550,7 @@ class Qwen3VL(nn.Module):
             at = (at if mask is None else at & mask)[..., None]                         # (B, T, 1)
             x = x.masked_scatter(at, vision.tokens.to(x.dtype))
             deepstack = [torch.zeros_like(x).masked_scatter(at, f.to(x.dtype)) for f in vision.deepstack]
-        return Embedded(x, deepstack, rope, following)
+        return Embedded(x, deepstack, rope, next_position)
 
     def through(self, layer, *inputs):
         """A decoder layer's outputs. With `recompute`, what its backward pass needs is computed anew, not kept."""
@@ -587,7 +587,7 @@ class Qwen3VL(nn.Module):
         """Reads a prompt, `chunk` positions at a time. -> logits after each row's last token (B, V), states,
         the next positions (B,). Each layer's state is right wherever the padding stands."""
         B, T = ids.shape
-        x, deepstack, rope, following = self.embed(ids, mask, pixels, grids)
+        x, deepstack, rope, next_position = self.embed(ids, mask, pixels, grids)
         end = T - 1 if mask is None else torch.where(mask, torch.arange(T, device=ids.device), 0).amax(1)
         end = torch.as_tensor(end, device=ids.device).expand(B)
         states, last = [None] * len(self.layers), torch.zeros_like(x[:, 0])
@@ -597,7 +597,7 @@ class Qwen3VL(nn.Module):
                                     None if mask is None else mask[:, a:b], states)
             here = (end >= a) & (end < b)
             last = torch.where(here[:, None], h[torch.arange(B), (end - a).clamp(0, b - a - 1)], last)
-        return self.lm_head(self.norm(last)), states, following
+        return self.lm_head(self.norm(last)), states, next_position
 
     @torch.inference_mode()
     def step(self, tokens, states, position):

@@ -31,10 +31,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from data import IGNORED, BadSample, NoPreference, Processor, read_data
-from distill import Ranks, Settings, following, load_model, needs, parse, precision, run, setting, shard, start
+from distill import (Ranks, Settings, following, load_model, needs, parse, precision, run, setting, shard, start,
+                     token_logps)
 from model import Config, Qwen3VL
 from synthdoc import World
 
@@ -83,18 +83,6 @@ DPO_DEFAULTS = {
 
 # ---------------------------------------------------------------------------------------------------------
 # Losses
-
-
-def token_logps(hidden, target, head, chunk=512):
-    """log p of each target: hidden (n, D), target (n,) -> (n,), in fp32 at least. The n x V logits never
-    exist at once: each chunk of rows is recomputed in the backward pass."""
-    def piece(h, y):
-        logits = head(h)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))            # (chunk, V)
-        return -F.cross_entropy(logits, y, reduction="none")
-    parts = [checkpoint(piece, hidden[i:i + chunk], target[i:i + chunk], use_reentrant=False)
-             for i in range(0, len(target), chunk)]
-    return torch.cat(parts or [hidden.sum(-1)])           # no supervised row: (0,), still tied to the graph
 
 
 def answer_logps(model, batch, vision=None):
@@ -328,14 +316,19 @@ def prepared(s, phase, device):
     return objective, processor
 
 
-def train(s, phase, ranks):
-    """-> the finished model, whole and in the run's dtype, on rank 0; None on the others."""
+def loaded(s, phase, ranks):
+    """-> data, objective, processor. Sets s.tokens where one epoch was asked for. Raises ValueError, OSError, BadSample."""
     objective, processor = prepared(s, phase, torch.device("cpu") if s.shard else ranks.device)
     data = dataset_of(s, phase)
     s.tokens = s.tokens or one_epoch(data, processor)
     if s.tokens < s.batch_tokens:                         # the schedule would end before its first step
         raise ValueError(f"the data has about {s.tokens:,} tokens, less than one step: give --batch-tokens "
                          f"{max(1, s.tokens // 20)} or so")
+    return data, objective, processor
+
+
+def train(s, phase, ranks, data, objective, processor):
+    """-> the finished model, whole and in the run's dtype, on rank 0; None on the others."""
     if s.shard:
         shard(ranks, objective.model)
     run(s, objective, processor, data, ranks, betas=(0.9, 0.999))
@@ -387,12 +380,16 @@ def main(argv=None):
     s.out = s.out or f"out/{Path(s.model).name.removesuffix('-sft')}-{argv[0]}"
     if Path(s.out).resolve() == Path(s.model).resolve():
         sys.exit(f"--out {s.out} is the folder of --model: choose another")
-    try:
+    try:                                                  # what the user can mend is said in one sentence
         if s.dry_run:
             return dry_run(s, phase)
         ranks = start(s)
-        model = train(s, phase, ranks)
-    except (BadSample, ValueError, OSError) as error:     # what the user can mend is said in one sentence
+        data, objective, processor = loaded(s, phase, ranks)
+    except (BadSample, ValueError, OSError) as error:
+        sys.exit(str(error))
+    try:
+        model = train(s, phase, ranks, data, objective, processor)
+    except BadSample as error:
         sys.exit(str(error))
     if model is not None:
         finish(s, model)

@@ -307,6 +307,11 @@ READ = [                                                     # row, messages, im
      [turn("user", "Q"), turn("assistant", "A")], [], None, None),
     ({"questionId": "1", "question": "Q", "image": "p.png", "answers": ["A", "a"]},
      [Q, turn("assistant", "A")], ["p.png"], None, None),
+    ({"question": "Q", "image": "p.png", "options": ["x", "y"], "answer": "1"},                          # AI2D
+     [turn("user", IMAGE, "Q\nA. x\nB. y\nAnswer with the option's letter from the given choices directly."),
+      turn("assistant", "B")], ["p.png"], None, None),
+    ({"query": "Q", "image": "p.png", "label": ["A"], "human_or_machine": 0},                            # ChartQA
+     [Q, turn("assistant", "A")], ["p.png"], None, None),
     ({"image": "p.png", "ground_truth": json.dumps({"gt_parse": {"text_sequence": "A"}})},
      [turn("user", IMAGE, "Read all the text in the image."), turn("assistant", "A")], ["p.png"], None, None),
     ({"texts": ["A", None, "B"], "images": [None, "p.png", None]},
@@ -327,6 +332,8 @@ def test_every_format_is_read_as_published(tmp_path, row, messages, images, chos
 
 
 @pytest.mark.parametrize("row, complaint", [
+    ({"texts": [None], "images": ["https://a/b.png"]}, "by its address .https://a/b.png.: download it"),
+    ({"question": "Q", "image": "p.png", "options": ["x"], "answer": "1"}, "the answer 1 is none of 1 options"),
     ('{"text": "A"', "not JSON"), ("[1]", "no fields"), ({"txt": "A"}, "txt, which fit no known format"),
     ({"messages": [turn("user", "Q")], "imgs": []}, "unknown field imgs in the sample"),
     ({"messages": [turn("user", "Q") | {"name": "x"}]}, "unknown field name in a message"),

@@ -283,6 +283,8 @@ def test_cached_gradient_weights_are_the_live_ones_and_no_other_texts(teacher, t
     real = batch.mask & (live > 1e-3 * live.amax(1, keepdim=True))       # below, a weight is floored
     assert not torch.equal(kept, live) and (kept / live)[real].log().abs().max() < 2 * np.log(1.36)
     torch.testing.assert_close(kept.sum(1), batch.mask.sum(1).float())
+    batch.weight, batch.keys = 0, [("", "", None)] * 5    # a stand-in for ranks that ran out of samples
+    assert torch.equal(objective.weights(batch, None, e), batch.mask.float())
     monkeypatch.setattr(distill, "fisher_scores", None)   # a run with the cache never looks back
     distill.main([*map(str, run), "--density-cache", str(cache)])
     assert {line["stage"] for line in log(tmp_path / "run")} == {"stage 1", "stage 2"}
@@ -721,6 +723,9 @@ def test_a_bad_sample_is_one_sentence_with_file_and_line(teacher, tmp_path, monk
     (dict(stages="nan/30/60"), "--stages"), (dict(stages="-10/50/60"), "--stages"), (dict(tokens=200), "--tokens 200 is less than the 300"),
     (dict(k=101), "--k 101"), (dict(tau=0), "--tau 0"), (dict(save_every=0), "--save-every 0"), (dict(cond="c9"), 2),
     (dict(keep_every=1), "--keep-every 1"), (dict(keep_every=9), "keep_every 9"),
+    (dict(data="d.jsonl", suite="reading", dry_run=True), "--suite and --page"), (dict(density_cache="x"), "need --data"),
+    (dict(data="d.jsonl", write_cache="x", dry_run=True), "not c4"), (dict(data="d.jsonl", density_cache="no"), "no such file"),
+    (dict(data="d.jsonl", cond="c3", density_cache="no", dry_run=True), "not c3"),
     (dict(mixer="none"), "no mixer 'none'"), (dict(teacher="nowhere"), "nowhere"), (dict(data="nowhere.jsonl"), "nowhere.jsonl")])
 def test_wrong_settings_are_refused_before_anything_runs(teacher, tmp_path, monkeypatch, flags, says):
     with pytest.raises(SystemExit) as stop:
