@@ -217,13 +217,14 @@ def where(marks):
         return np.array([[int(c) for c in m[f]] for f in families]).T.flatten()
     groups = {"by family": {f: gains("c4", "c3", lambda m: np.mean([int(c) for c in m[f]]))
                             for families in SUITES.values() for f in families}}
-    full = np.concatenate([fullness(suite) for suite in SUITES])
-    bins = {}
-    for low, high in ((0, .03), (.03, .08), (.08, .2), (.2, 1)):
-        here = (full >= low) & (full < high)
-        name = f"{100 * low:.0f} to {100 * high:.0f} % ({here.sum()})"
-        bins[name] = gains("c4", "c3", lambda m: np.concatenate([in_order(m, s) for s in SUITES])[here].mean())
-    groups["by share of the page that is marked (questions)"] = bins
+    for suite in SUITES:                                  # apart, or fullness would stand for the kind of question
+        full, bins = fullness(suite), {}
+        for low, high in ((0, .03), (.03, .06), (.06, .1), (.1, .2), (.2, 1)):
+            here = (full >= low) & (full < high)
+            if here.sum() >= 100:
+                bins[f"{100 * low:.0f} to {100 * high:.0f} % ({here.sum()})"] = gains(
+                    "c4", "c3", lambda m: in_order(m, suite)[here].mean())
+        groups[f"{suite}, by share of the page's cells that hold a mark (questions)"] = bins
     groups["by token budget, mean of the suites"] = {
         f"{k},000": gains(f"c4{end}", f"c3{end}", lambda m: np.mean(list(scores(m).values())) / 100)
         for k, end in ((100, "-100k"), (TOKENS // 1000, ""), (500, "-500k"), (1000, "-1000k"))}
@@ -240,30 +241,34 @@ def where(marks):
 
 
 def draw_where(groups, path):
-    """Bars of the mean with whiskers of one standard error, a panel for each group."""
+    """Bars of the mean with whiskers of one standard error, a panel for each group; a single seed's bar is pale."""
     font, ink, unit = ImageFont.load_default(13), (50, 50, 60), 0
     for rows in groups.values():
         for values in rows.values():
             mean, _, error = mean_error(values)
             unit = max(unit, abs(mean) + (error or 0))
-    lines = sum(len(rows) + 2 for rows in groups.values())
-    sheet = Image.new("RGB", (760, 22 * lines + 44), "white")
-    pen, zero, scale, y = ImageDraw.Draw(sheet), 480, 180 / max(unit, 1e-9), 10
+    height = sum(22 * len(rows) + 34 for rows in groups.values()) + 52
+    sheet = Image.new("RGB", (760, height), "white")
+    pen, zero, scale, y = ImageDraw.Draw(sheet), 470, 160 / max(unit, 1e-9), 10
     pen.text((zero, y), "C3 better   |   C4 better", fill=ink, font=font, anchor="ma")
     for group, rows in groups.items():
         y += 26
-        pen.text((14, y), f"C4 - C3, points, {group}", fill=ink, font=font)
+        pen.text((14, y), f"{group[0].upper()}{group[1:]}", fill=ink, font=font)
         for name, values in rows.items():
             y += 22
             mean, _, error = mean_error(values)
             pen.text((270, y), name, fill=ink, font=font, anchor="ra")
             ends = sorted((zero, zero + mean * scale))
-            pen.rectangle([ends[0], y + 1, ends[1], y + 14], fill=(178, 58, 92) if mean > 0 else (110, 130, 160))
+            strong, pale = ((178, 58, 92), (226, 178, 194)) if mean > 0 else ((110, 130, 160), (192, 202, 218))
+            pen.rectangle([ends[0], y + 1, ends[1], y + 14], fill=pale if error is None else strong)
             if error is not None:
-                pen.line([zero + (mean - error) * scale, y + 8, zero + (mean + error) * scale, y + 8], fill=ink, width=2)
-            pen.text((700, y), spread(mean, error, "+"), fill=ink, font=font, anchor="ma")
+                whisker = [zero + (mean - error) * scale, y + 8, zero + (mean + error) * scale, y + 8]
+                pen.line(whisker, fill="white", width=4)
+                pen.line(whisker, fill=ink, width=2)
+            pen.text((742, y), spread(mean, error, "+") + f"  ({len(values)})", fill=ink, font=font, anchor="ra")
         y += 8
-    pen.line([zero, 30, zero, y + 20], fill=ink)
+    pen.line([zero, 30, zero, y + 14], fill=ink)
+    pen.text((742, 10), "points (seeds)", fill=ink, font=font, anchor="ra")
     path.parent.mkdir(exist_ok=True)
     sheet.save(path)
 
