@@ -27,6 +27,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -829,13 +830,21 @@ def needs(s, folder, frozen, trained, drifts=0):
     width, world = precision(s, device).itemsize, int(os.environ.get("WORLD_SIZE", 1)) if s.shard else 1
 
     def share(named):                                     # of the parameters that one device holds
-        return sum(p.numel() / (world if ".self_attn." in n or ".mlp." in n else 1) for n, p in named.items())
-    # Kept for the backward pass, a layer and position: the streams, the norms' inputs, the mixer's projections and
-    # the MLP's gate and up, with their product where the MLP trains; with --recompute the stream alone.
-    D, L, products = c.hidden_size, c.num_hidden_layers, 2 + any(".mlp." in n for n in trained)
-    row = D if s.recompute else 8 * D + products * c.intermediate_size + 6 * c.num_attention_heads * c.head_dim
+        return sum(p.numel() / (world if re.search(r"language_model.*\.(self_attn|mlp)\.", n) else 1) for n, p in named.items())
+    # Bytes kept for the backward pass, a layer and position: norm inputs, what the mixer's linear layers, convolution
+    # and scan read, the MLP's gate and up (and their product where it trains), what adapters dropped out. In bf16, what
+    # norms read is fp32; where embeddings train, the stream too, and every linear layer keeps a cast of its own.
+    # With --recompute the stream alone, and all the rest for one layer at a time.
+    D, L, I, HP = c.hidden_size, c.num_hidden_layers, c.intermediate_size, c.num_attention_heads * c.head_dim
+    half, whole_stream = width < 4, any("embed_tokens" in n for n in trained)
+    products = 2 + any("language_model" in n and ".mlp." in n for n in trained)
+    row = (4 * D + 13 * HP + products * I) * width + half * (8 + 22 * whole_stream) * D
+    row += any(n.endswith(".A") for n in trained) * (5 * D + HP + I) * (width + 1)
+    stream = D * (4 if whole_stream else width)
+    kept = L * (stream if s.recompute else row) + row * s.recompute + L * 4 * D * drifts
+    casts = share(trained) * 2 * (half and not (s.shard and s.recompute))               # of fp32 masters, to bf16
     rows = dict(frozen=share(frozen) * width, trained=share(trained) * 16,        # master, gradient, two moments
-                activations=s.micro_tokens * L * (row * width + 4 * D * drifts), head=3 * 512 * c.vocab_size * 4)
+                activations=s.micro_tokens * kept + casts, head=3 * 512 * c.vocab_size * 4)
     GB = 2 ** 30
     print(f"{s.tokens:,} tokens in about {math.ceil(s.tokens / s.batch_tokens):,} steps of {s.batch_tokens:,}"
           if s.tokens else f"one epoch in steps of {s.batch_tokens:,} tokens; how many, the data will tell")
