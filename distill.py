@@ -752,7 +752,7 @@ def finish(s, teacher, student, processor):
     """Saves the merged student, judges it beside its teacher, and draws density maps of some pages."""
     from evaluate import evaluate_models, table           # judging is not needed to train
     out, kind = Path(s.out), next(teacher.parameters()).dtype
-    student.to(kind).save_pretrained(out)
+    student.in_dtype(kind).save_pretrained(out)
     if s.data:
         print(f"The student is in {out}. python evaluate.py {s.teacher} {out} --bench NAME=FILE judges it.")
         return

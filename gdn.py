@@ -206,6 +206,7 @@ class GatedDeltaNet(nn.Module):
         A_log       0: A = -1. Unlike in Mamba-2 nothing ties decay to gain: keys make room for themselves
     """
     INHERITED = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+    FP32 = ("decay_bias", "A_log")     # in every model, as in mamba2.py
 
     def __init__(self, config, layer):
         super().__init__()
@@ -223,7 +224,7 @@ class GatedDeltaNet(nn.Module):
         self.conv = nn.Parameter(torch.zeros((H + 2 * G) * P, 4))
         self.beta_proj = nn.Linear(D, H)
         self.decay_proj = nn.Linear(D, H, bias=False)
-        self.decay_bias = nn.Parameter(torch.zeros(H))    # apart, to be added in fp32: bf16 steps by 6 % at -8
+        self.decay_bias = nn.Parameter(torch.zeros(H))    # apart, to be added in fp32
         self.A_log = nn.Parameter(torch.zeros(H))
         self.gate_proj = nn.Linear(D, H * P)                                            # W_G
         self.out_norm = nn.Parameter(torch.ones(H * P))
@@ -260,7 +261,10 @@ class GatedDeltaNet(nn.Module):
         like = attention.q_proj.weight
         with torch.device("meta"):
             mixer = cls(attention.config, attention.layer)
-        mixer = mixer.to(like.dtype).to_empty(device=like.device)
+        mixer = mixer.to(like.dtype)
+        for name in cls.FP32:
+            getattr(mixer, name).data = getattr(mixer, name).data.to(torch.promote_types(like.dtype, torch.float32))
+        mixer = mixer.to_empty(device=like.device)
         for name in cls.INHERITED:
             getattr(mixer, name).load_state_dict(getattr(attention, name).state_dict())
         mixer.init_new(init, generator)

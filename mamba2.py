@@ -300,6 +300,7 @@ class Mamba2(nn.Module):
                     average. A norm, not one of the paper's matrices: no noise, and 1 with `init="paper"`
     """
     INHERITED = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+    FP32 = ("dt_bias", "A_log")        # in every model: bf16 has steps of 6 % at -8, and dt is an exponential of that
 
     def __init__(self, config, layer):
         super().__init__()
@@ -316,7 +317,7 @@ class Mamba2(nn.Module):
         self.k_norm = nn.RMSNorm(P, config.rms_norm_eps)
         self.conv = nn.Parameter(torch.zeros((H + 2 * G) * P, 4))
         self.dt_proj = nn.Linear(D, H, bias=False)                                      # W_gamma
-        self.dt_bias = nn.Parameter(torch.zeros(H))       # apart, to be added in fp32: bf16 steps by 6 % at -8
+        self.dt_bias = nn.Parameter(torch.zeros(H))       # apart, to be added in fp32
         self.A_log = nn.Parameter(torch.zeros(H))
         self.D = nn.Parameter(torch.zeros(H))
         self.gate_proj = nn.Linear(D, H * P)                                            # W_G
@@ -352,7 +353,10 @@ class Mamba2(nn.Module):
         like = attention.q_proj.weight
         with torch.device("meta"):
             mixer = cls(attention.config, attention.layer)
-        mixer = mixer.to(like.dtype).to_empty(device=like.device)
+        mixer = mixer.to(like.dtype)
+        for name in cls.FP32:
+            getattr(mixer, name).data = getattr(mixer, name).data.to(torch.promote_types(like.dtype, torch.float32))
+        mixer = mixer.to_empty(device=like.device)
         for name in cls.INHERITED:
             getattr(mixer, name).load_state_dict(getattr(attention, name).state_dict())
         mixer.init_new(init, generator)

@@ -632,7 +632,8 @@ class Qwen3VL(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None, device="cpu"):
-        """Loads a folder of config.json and safetensors, single or sharded, in `dtype` (default: as stored).
+        """Loads a folder of config.json and safetensors, single or sharded, in `dtype` (default: as stored). What
+        mixers name in FP32 is never rounded below it (`in_dtype`).
 
         The files are mapped, not read: on the CPU and in the stored dtype the parameters *are* the mapping, and
         otherwise one tensor at a time is converted. All that is wrong is named in one ValueError.
@@ -656,7 +657,7 @@ class Qwen3VL(nn.Module):
             file = where[name][0]
             with safe_open(file, framework="pt") as f:
                 stored = f.get_tensor(name)
-                state[name] = stored.to(device=device, dtype=dtype)
+                state[name] = stored.to(device=device, dtype=dtype and model.kind(name, dtype))
             if state[name] is stored:                     # not converted: one lasting mapping serves them all
                 kept[file] = kept.get(file) or safe_open(file, framework="pt")
                 state[name] = kept[file].get_tensor(name)
@@ -673,6 +674,18 @@ class Qwen3VL(nn.Module):
                 names = ("temperature", "top_p", "top_k")
                 model.sampling = {k: stored[k] for k in names if stored.get(k) is not None}
         return model.eval()
+
+    def kind(self, name, dtype):
+        """The dtype of a parameter in a model of `dtype`."""
+        owner, _, last = name.rpartition(".")
+        fp32 = last in getattr(self.get_submodule(owner), "FP32", ())
+        return torch.promote_types(dtype, torch.float32) if fp32 else dtype
+
+    def in_dtype(self, dtype):
+        """As Module.to(dtype), except for what mixers name in FP32."""
+        for name, p in self.named_parameters():
+            p.data = p.data.to(self.kind(name, dtype))
+        return self
 
     def save_pretrained(self, folder, shard_bytes=5 * 2 ** 30):
         """Writes config.json and safetensors (what transformers loads, unless it is a hybrid), and copies the

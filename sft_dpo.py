@@ -201,7 +201,7 @@ class SFT:
         return backward(-logps.sum()), int(counts.sum()), {}
 
     def result(self):
-        return self.model.to(precision(self.s, self.model.lm_head.weight.device)).eval()
+        return self.model.in_dtype(precision(self.s, self.model.lm_head.weight.device)).eval()
 
 
 class DPO:

@@ -393,6 +393,24 @@ def test_bfloat16_from_checkpoint_to_answer(teacher, tmp_path):
     np.testing.assert_allclose(cos[0, :, :16].float(), np.cos(angle), atol=2 ** -8)
 
 
+@pytest.mark.parametrize("mixer, bias", [("mamba2", "dt_bias"), ("gdn", "decay_bias")])
+def test_a_step_size_is_never_rounded_to_bfloat16(teacher, tmp_path, mixer, bias):
+    """From a bf16 teacher's conversion through a save and a load in bf16: the bits that fp32 has."""
+    teacher.save_pretrained(tmp_path / "t")
+    exact = to_hybrid(Qwen3VL.from_pretrained(tmp_path / "t", torch.float32), mixer, seed=3)
+    half = to_hybrid(Qwen3VL.from_pretrained(tmp_path / "t", torch.bfloat16), mixer, seed=3)
+    half.layers[0].self_attn.float()                      # as distill.convert makes masters of it
+    half.in_dtype(torch.bfloat16).save_pretrained(tmp_path / "s")
+    back = Qwen3VL.from_pretrained(tmp_path / "s", torch.bfloat16)
+    for i in exact.config.hybrid["layers"]:
+        for name, p in back.layers[i].self_attn.named_parameters():
+            if name in (bias, "A_log"):
+                assert torch.equal(p, getattr(exact.layers[i].self_attn, name)) and p.dtype == torch.float32
+            else:
+                assert p.dtype == torch.bfloat16, name
+    assert back(*batch(ROWS, "left")).dtype == torch.bfloat16
+
+
 GRID, PIXELS = torch.tensor([[1, 4, 4]]), torch.zeros(16, 1536)
 PLACES = torch.tensor([[5, START, *[IMAGE] * 4, END, 6]])
 
