@@ -879,7 +879,8 @@ def plot(opt, panels, w=840, h=560):
 
 def record(opt, result):
     """Keeps the result in results/bench.json under its command and model, and prints it as the last line."""
-    path, model = HERE / "results" / "bench.json", Path(getattr(opt, "model", opt.command)).name
+    path = HERE / "results" / "bench.json"
+    model = "growth" if opt.command == "scan" and opt.growth else Path(getattr(opt, "model", opt.command)).name
     kept = json.loads(path.read_text()) if path.exists() else {}
     asked = {k: v for k, v in vars(opt).items() if k not in ("folder", "command")}
     new = dict(asked=asked, threads=torch.get_num_threads(), torch=torch.__version__, result=result)

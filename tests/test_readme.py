@@ -22,6 +22,15 @@ def test_every_equation_anchor_points_at_the_line_that_computes_it():
         assert code in (ROOT / file).read_text().splitlines()[int(line) - 1], f"{file}:{line} does not hold {code}"
 
 
+def test_every_difference_that_the_readme_quotes_stands_in_the_results():
+    """Runs' differences with their errors: as RESULTS.md has them, which reproduce.py writes from results/*.json."""
+    results = (ROOT / "RESULTS.md").read_text()
+    quoted = re.findall(r"(\S+) −\s(\S+)\sis\s(\S+ ± [\d.]+\d)\sand\s(\S+ ± [\d.]+\d)", README)
+    assert len(quoted) >= 10
+    for better, worse, *values in quoted:
+        assert re.search(rf"\| {better} − {worse} \| \d+ \| {re.escape(' | '.join(values))} \|", results), (better, worse)
+
+
 def test_every_command_of_the_readme_uses_flags_that_exist():
     commands = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
     scripts = {}
