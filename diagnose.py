@@ -1,6 +1,7 @@
 """Which positions a hybrid loses, and which ones the answer needs: the diagnosis of Sect. 3, A.7 and B.3.
 
-    python diagnose.py --teacher tiny --student out/c1              # the embedded world, 64 pages, some minutes
+    python diagnose.py --student out/c1                             # the embedded world, 64 pages, some minutes
+    python diagnose.py --student out/c1 out/c3 out/c4               # the same, and the drift of two more beside it
     python diagnose.py --teacher Qwen3-VL-8B-Instruct --student out/c1 --data heldout.jsonl --images 1000
 
 Each sample with an image (a page) goes once through teacher and student side by side (drift, attention), once
@@ -23,7 +24,7 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
@@ -62,6 +63,8 @@ class Seen:
     fisher: np.ndarray
     image: Image.Image              # the page's first image, and its height and width in visual tokens
     grid: tuple
+    said: tuple = ("", "")          # question and answer
+    others: dict = field(default_factory=dict)            # {student: drift (L, T)} of the further ones
 
 
 def attention_received(attention, x, rope, chunk=256):
@@ -132,15 +135,16 @@ def deciles(rho, groups=GROUPS):
     return rank * groups // len(rho)
 
 
-def measure(teacher, student, page, image, each):
-    """An Encoded page with image and answer -> Seen. each: also hide every visual position by itself."""
+def measure(teacher, student, page, image, each, said=("", ""), others={}):
+    """An Encoded page with image and answer -> Seen. each: also hide every visual position by itself. others: further
+    students {name: model}, of which only the drift is measured."""
     c, weight = teacher.config, teacher.lm_head.weight
     ids, labels, grids = (t.to(weight.device) for t in (page.ids, page.labels, page.grids))
     pixels, visual = page.pixels.to(weight.device, weight.dtype), ids == c.image_token_id        # (T,)
     with torch.no_grad():
         vision = teacher.visual(pixels, grids)
         e = teacher.embed(ids[None], None, None, grids, vision)
-        own = student.embed(ids[None], None, pixels, grids)          # after SFT its embeddings may be its own
+        own = [m.embed(ids[None], None, pixels, grids) for m in (student, *others.values())]     # after SFT their own
     m = c.vision.spatial_merge_size
     rho = image_densities(vision.patches, page.grids, m).cpu()                                   # (N,)
     where, group = visual.nonzero()[:, 0], torch.from_numpy(deciles(rho.numpy())).to(weight.device)
@@ -151,10 +155,11 @@ def measure(teacher, student, page, image, each):
     score = answer_scores(teacher, e, labels, hidden)
     fall = (score[:1] - score[1:]).cpu().double().numpy()            # a: how far the answer's score falls
     fisher = fisher_scores(teacher, student.config.hybrid["layers"], e, None, labels[None])[:, 0, visual]
-    drift, size, attention = walk(teacher, student, e, own).cpu().double().numpy()
+    drift, size, attention = walk(teacher, student, e, own[0]).cpu().double().numpy()
+    further = {name: walk(teacher, m, e, x)[0].cpu().double().numpy() for (name, m), x in zip(others.items(), own[1:])}
     return Seen(page.id, page.source, visual.cpu().numpy(), rho.double().numpy(), drift, size, attention,
                 fall[:GROUPS], fall[GROUPS:] if each else None, fisher.cpu().double().numpy(), image,
-                (int(page.grids[0, 1]) // m, int(page.grids[0, 2]) // m))
+                (int(page.grids[0, 1]) // m, int(page.grids[0, 2]) // m), said, further)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -309,6 +314,8 @@ def diagnose(pages, replaced):
     if len(pages) < 2:
         raise ValueError(f"a bootstrap over pages needs at least 2 of them, but there are {len(pages)}")
     drifts = np.stack([[in_groups(one, row[one.visual]) for row in one.drift] for one in pages])  # (n, L, 10)
+    others = {name: np.stack([in_groups(one, one.others[name].mean(0)[one.visual]) for one in pages])
+              for name in pages[0].others}
     alone = [one for one in pages if one.alone is not None]
     lines = {"densest tenth": drifts[..., -1], "least dense tenth": drifts[..., 0],
              "text": np.stack([one.drift[:, ~one.visual].mean(1) for one in pages])}
@@ -317,6 +324,7 @@ def diagnose(pages, replaced):
         importance["alone"] = by_decile(np.stack([in_groups(one, one.alone) for one in alone]))
         importance["alone"]["spearman"] = spread([spearman(one.rho, one.alone) for one in alone])
     return dict(pages=len(pages), replaced=list(replaced), drift=by_decile(drifts.mean(1)),
+                drift_of_others={name: by_decile(v) for name, v in others.items()},
                 drift_by_layer={name: v.mean(0).tolist() for name, v in lines.items()}, importance=importance,
                 regression={name: regression(pages, reading, replaced) for name, reading in READINGS.items()},
                 fisher=fisher_ranks(pages, replaced))
@@ -347,6 +355,7 @@ def table(results):
     def ranked(x):
         return shown([x["mean"], *x["percentiles"]])
     rows = [("drift, densest / least dense tenth (Fig. 3A)", "0.281 / 0.078 = 3.6", tenths(results["drift"])),
+            *((f"the same of {name}", "-", tenths(v)) for name, v in results["drift_of_others"].items()),
             ("answer score, a tenth hidden (Fig. 3B), nats", "0.143 / 0.041 = 3.5",
              tenths(results["importance"]["together"]))]
     if one := results["importance"].get("alone"):
@@ -369,7 +378,7 @@ def table(results):
 # Pictures, with Pillow alone: drawn at twice the size and halved, which smooths lines
 
 INK, GREY, GRID = (40, 40, 48), (120, 120, 130), (226, 226, 230)
-RED, BLUE, GREEN, PALE = (178, 58, 92), (44, 98, 160), (60, 140, 100), (196, 196, 204)
+RED, BLUE, GREEN, OCHRE, PALE = (178, 58, 92), (44, 98, 160), (60, 140, 100), (200, 140, 40), (196, 196, 204)
 
 
 def ticks(low, high, most=5):
@@ -411,11 +420,12 @@ class Chart:
         return (left + (x - self.span[0]) / (self.span[1] - self.span[0]) * (right - left),
                 bottom - (y - self.low) / (self.high - self.low) * (bottom - top))
 
-    def line(self, ys, colour, band=()):
-        """ys at x = 1, 2, ...; band: (lows, highs) around them."""
-        if len(band):
-            edge = [*enumerate(band[1], 1), *reversed([*enumerate(band[0], 1)])]
-            self.pen.polygon([self.at(*spot) for spot in edge], tuple((3 * 255 + c) // 4 for c in colour))
+    def band(self, lows, highs, colour):
+        edge = [*enumerate(highs, 1), *reversed([*enumerate(lows, 1)])]
+        self.pen.polygon([self.at(*spot) for spot in edge], tuple((3 * 255 + c) // 4 for c in colour))
+
+    def line(self, ys, colour):
+        """ys at x = 1, 2, ..."""
         spots = [self.at(i, v) for i, v in enumerate(ys, 1) if math.isfinite(v)]
         self.pen.line(spots, colour, 5, "curve")
         for x, y in spots:
@@ -435,19 +445,22 @@ class Chart:
 def draw_charts(results, path):
     """A to C: Fig. 3 with its inset. D: B with single positions. E: drift by layer. F: B.3."""
     sheet, importance = Image.new("RGB", (2240, 2460), "white"), results["importance"]
-    for cell, title, what, figures, colour in (
-            ((0, 0), "A  Residual drift", "mean length of student minus teacher, all layers", results["drift"], RED),
-            ((0, 1), "B  Importance of a tenth", "fall of the teacher's answer score as it is hidden, nats per token",
-             importance["together"], BLUE),
-            ((1, 1), "D  Importance of one position", "fall of the teacher's answer score as it is hidden, nats per "
-             "token", importance.get("alone"), GREEN)):
+    tenth, fall = "tenth of the visual positions, 1 the least dense, {} pages", "fall of the teacher's answer score as it is hidden, nats per token"
+    for cell, title, what, figures in (
+            ((0, 0), "A  Residual drift", "mean length of student minus teacher, all layers; band: 95 % interval",
+             {results["student"]: results["drift"]} | results["drift_of_others"]),
+            ((0, 1), "B  Importance of a tenth", fall, {"the teacher's mean and 95 % interval": importance["together"]}),
+            ((1, 1), "D  Importance of one position", fall, {"the teacher's mean and 95 % interval": importance.get("alone")})):
+        figures = {name: v for name, v in figures.items() if v}
         if figures:
-            means, *band = zip(*figures["means"])
-            names = {1: "1 least dense", **{i: str(i) for i in range(3, GROUPS - 1)}, GROUPS: "10 densest"}
-            chart = Chart(sheet, cell, title, what, f"tenth of the visual positions by density, {figures['pages']} "
-                          "pages", (0.3, GROUPS + 0.7), names, np.ravel(figures["means"]),
-                          {"mean and 95 % interval": colour})
-            chart.line(means, colour, band)
+            colours = dict(zip(figures, (RED, BLUE, GREEN, OCHRE) * len(figures)))
+            chart = Chart(sheet, cell, title, what, tenth.format(min(v["pages"] for v in figures.values())),
+                          (0.5, GROUPS + 0.5), {i: str(i) for i in range(1, GROUPS + 1)},
+                          np.ravel([v["means"] for v in figures.values()]), colours)
+            for name, v in figures.items():
+                chart.band(*[*zip(*v["means"])][1:], colours[name])
+            for name, v in figures.items():
+                chart.line([mean for mean, _, _ in v["means"]], colours[name])
 
     main = results["regression"]["all positions and layers"]
     rows, theirs = [*main["unique"].values(), main["joint"]], [float(v.split()[0]) for v in PAPER.values()]
@@ -461,7 +474,7 @@ def draw_charts(results, path):
     lines = results["drift_by_layer"]
     L, colours = len(lines["text"]), dict(zip(lines, (RED, BLUE, GREEN)))
     names = {i: f"{i}" + "*" * (i - 1 not in results["replaced"]) for i in range(1, L + 1, math.ceil(L / 18))}
-    chart = Chart(sheet, (2, 0), "E  Residual drift by layer", "mean length of student minus teacher",
+    chart = Chart(sheet, (2, 0), f"E  Residual drift of {results['student']} by layer", "mean length of student minus teacher",
                   "layer (* keeps attention)", (0.5, L + 0.5), names, np.ravel([*lines.values()]), colours)
     for name, ys in lines.items():
         chart.line(ys, colours[name])
@@ -477,25 +490,30 @@ def draw_charts(results, path):
 
 
 def draw_pages(pages, path, count=4, side=200):
-    """The first pages: picture, density, drift (mean over layers) and importance, one square per visual token and
-    each map between its own least and largest value. Of several images the first."""
+    """The first pages: picture, density, drift (mean over layers) and importance, one square per visual token; below
+    each its question and answer. Of several images the first."""
     head = ["page", "density", "drift"] + ["importance"] * (pages[0].alone is not None)
-    sheet = Image.new("RGB", (20 + (side + 12) * len(head), 40 + (side + 12) * len(pages[:count])), "white")
+    sheet = Image.new("RGB", (20 + (side + 12) * len(head), 66 + (side + 40) * len(pages[:count])), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for j, name in enumerate(head):
-        ImageDraw.Draw(sheet).text((20 + (side + 12) * j, 14), name, INK, ImageFont.load_default(14))
+        pen.text((20 + (side + 12) * j, 14), name, INK, font)
     for i, one in enumerate(pages[:count]):
         h, w = one.grid
-        scale = side / max(one.image.size)
+        scale, top = side / max(one.image.size), 40 + (side + 40) * i
         size = tuple(max(1, round(v * scale)) for v in one.image.size)
-        sheet.paste(one.image.resize(size, Image.Resampling.LANCZOS), (20, 40 + (side + 12) * i))
+        sheet.paste(one.image.resize(size, Image.Resampling.LANCZOS), (20, top))
         for j, values in enumerate((one.rho, one.drift[:, one.visual].mean(0), one.alone)[:len(head) - 1], 1):
-            corner = (20 + (side + 12) * j, 40 + (side + 12) * i)
+            corner = (20 + (side + 12) * j, top)
             if values is None:
-                ImageDraw.Draw(sheet).text(corner, "not measured", GREY, ImageFont.load_default(14))
+                pen.text(corner, "not measured", GREY, font)
             else:
                 v = values[:h * w].reshape(h, w)
                 v = 255 - 235 * (v - v.min()) / max(np.ptp(v), 1e-12)
                 sheet.paste(Image.fromarray(v.astype(np.uint8)).resize(size, Image.Resampling.NEAREST), corner)
+        question, answer = (" ".join(text.split())[:60] for text in one.said)
+        pen.text((20, top + side + 6), question, INK, font)
+        pen.text((30 + pen.textlength(question, font), top + side + 6), answer, RED, font)
+    pen.text((20, sheet.height - 24), "Each map is white at its least value and black at its largest.", GREY, font)
     sheet.save(path)
 
 
@@ -504,24 +522,28 @@ def draw_pages(pages, path, count=4, side=200):
 
 
 def load(a):
-    """-> teacher, student and processor, or a ValueError that says why these two cannot be compared."""
+    """-> teacher, {name: student}, processor; or a ValueError that says why these cannot be compared."""
     dtype = getattr(torch, a.dtype or ("bfloat16" if a.device.startswith("cuda") else "float32"))
-    teacher, student = (Qwen3VL.from_pretrained(f, dtype, a.device).requires_grad_(False)
-                        for f in (a.teacher, a.student))
-    if teacher.config.hybrid or not student.config.hybrid:
-        raise ValueError(f"--teacher {a.teacher} must be a model with attention in all layers, and --student "
-                         f"{a.student} a hybrid that distill.py saved")
-    ours, theirs = student.visual.blocks.state_dict(), teacher.visual.blocks.state_dict()
-    if student.config.text != teacher.config.text or ours.keys() != theirs.keys() or \
-            not all(torch.equal(ours[k], theirs[k]) for k in ours):
-        raise ValueError(f"--student {a.student} does not come from --teacher {a.teacher}: their decoders' settings or "
-                         "their vision towers differ")
-    return teacher, student, Processor(a.teacher)
+    teacher, *students = (Qwen3VL.from_pretrained(f, dtype, a.device).requires_grad_(False)
+                          for f in (a.teacher, *a.student))
+    for folder, student in zip(a.student, students):
+        if teacher.config.hybrid or not student.config.hybrid:
+            raise ValueError(f"--teacher {a.teacher} must be a model with attention in all layers, and --student "
+                             f"{folder} a hybrid that distill.py saved")
+        ours, theirs = student.visual.blocks.state_dict(), teacher.visual.blocks.state_dict()
+        if student.config.text != teacher.config.text or ours.keys() != theirs.keys() or \
+                not all(torch.equal(ours[k], theirs[k]) for k in ours):
+            raise ValueError(f"--student {folder} does not come from --teacher {a.teacher}: their decoders' settings or "
+                             "their vision towers differ")
+    named = {Path(folder).name: student for folder, student in zip(a.student, students)}
+    if len(named) < len(students):
+        raise ValueError("--student: folders are told apart by their last part, which two of them share")
+    return teacher, named, Processor(a.teacher)
 
 
 def pages(a, processor):
-    """Samples with an answer and at least ten visual tokens, for a decile must hold one: (Encoded, first image). In
-    the embedded world half are for reading and half for reasoning, from a seed that evaluate.py does not ask about."""
+    """Samples with an answer and at least ten visual tokens, for a decile must hold one: (Encoded, first image, its
+    last question and answer). In the embedded world half are for reading and half for reasoning, from a seed that evaluate.py does not ask about."""
     if a.data:
         data = read_data(a.data)
         samples = (data[i] for i in range(len(data)))
@@ -534,13 +556,15 @@ def pages(a, processor):
             first = sample.images[0]
             image = flattened(open_image(first) if isinstance(first, (str, Path)) else first)
             image.thumbnail((400, 400))                   # a copy, for draw_pages
-            yield page, image
+            texts = [part["text"] for m in sample.messages for part in m["content"] if part["type"] == "text"]
+            yield page, image, (["", *texts[-2:]])[-2:]
 
 
 def main(arguments=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--teacher", default="tiny", help="model folder")
-    p.add_argument("--student", required=True, help="folder of a hybrid made from that teacher; the paper takes C1")
+    p.add_argument("--student", required=True, nargs="+", help="folder of a hybrid made from that teacher; the paper "
+                   "takes C1; of further ones only the drift is shown beside it")
     p.add_argument("--data", help="file of held-out samples (data.py); default: the embedded world")
     p.add_argument("--images", type=int, default=64, help="pages to look at; the paper has 1,000")
     p.add_argument("--alone", type=int, default=16,
@@ -553,14 +577,16 @@ def main(arguments=None):
     try:                                                  # what the user can mend is said in one sentence
         if a.images < 2 or a.alone < 0:
             raise ValueError(f"--images must be at least 2 and --alone at least 0, but are {a.images} and {a.alone}")
-        teacher, student, processor = load(a)
+        teacher, students, processor = load(a)
+        (first, student), *others = students.items()
         seen, found = [], pages(a, processor)
         for n in tqdm(range(a.images), unit=" pages"):
             if (page := next(found, None)) is None:
                 print(f"{a.data} has only {n} samples with an answer and at least {GROUPS} visual tokens")
                 break
-            seen.append(measure(teacher, student, *page, each=n < a.alone))
-        results = dict(teacher=str(a.teacher), student=str(a.student), data=a.data or f"embedded world, seed {a.seed}",
+            encoded, image, said = page
+            seen.append(measure(teacher, student, encoded, image, n < a.alone, said, dict(others)))
+        results = dict(teacher=str(a.teacher), student=first, data=a.data or f"embedded world, seed {a.seed}",
                        **diagnose(seen, student.config.hybrid["layers"]))
     except (ValueError, OSError, BadSample) as error:
         sys.exit(str(error))

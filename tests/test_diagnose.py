@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from scipy import stats
 
 import diagnose
 from data import IGNORED, Processor
+from density import image_densities
 from diagnose import READINGS, Seen, deciles, design, gram, regression, resamples, semi_partial, spearman
 from model import Qwen3VL, to_hybrid
 from synthdoc import World
@@ -248,12 +250,36 @@ def folder(models, tmp_path_factory):
 
 
 def test_the_command_writes_table_results_and_pictures(folder, tmp_path, capsys):
-    diagnose.main(["--teacher", str(ROOT / "tiny"), "--student", folder, "--images", "3", "--alone", "0",
-                   "--device", "cpu", "--out", str(tmp_path / "out")])
+    """Beside the student stands another, whose mixers put out nothing; its drift is what hooks on all layers see."""
+    silent = Qwen3VL.from_pretrained(folder, torch.float32)
+    for i in silent.config.hybrid["layers"]:
+        nn.init.zeros_(silent.layers[i].self_attn.o_proj.weight)
+    silent.save_pretrained(tmp_path / "silent")
+    diagnose.main(["--teacher", str(ROOT / "tiny"), "--student", folder, str(tmp_path / "silent"), "--images", "3",
+                   "--alone", "0", "--device", "cpu", "--out", str(tmp_path / "out")])
     said, results = capsys.readouterr().out, json.loads((tmp_path / "out" / "results.json").read_text())
     assert "| 0.30 [0.27, 0.33] |" in said and "| 0.63 [0.49, 0.74] |" in said and results["pages"] == 3
     assert results["drift"]["ratio"][0] == pytest.approx(
         results["drift"]["means"][9][0] / results["drift"]["means"][0][0])
+    assert "the same of silent" in said and results["drift_of_others"]["silent"]["pages"] == 3
+    teacher, worlds = Qwen3VL.from_pretrained(ROOT / "tiny", torch.float32), [World("eval", 1, suite) for suite in ("reading", "reasoning")]
+    expected = []
+    for sample in (worlds[0][0], worlds[1][0], worlds[0][1]):
+        page, streams = Processor(ROOT / "tiny").encode(sample), {}
+        for name, model in (("r", teacher), ("s", silent)):
+            hooks = [layer.register_forward_hook(lambda _, args, out, key=name: streams.setdefault(key, []).append(out[0]))
+                     for layer in model.layers]
+            with torch.no_grad():
+                model.hidden(page.ids[None], None, page.pixels, page.grids)
+            for hook in hooks:
+                hook.remove()
+        gaps = torch.stack([(s - r)[0].norm(dim=-1) for r, s in zip(streams["r"], streams["s"])]).mean(0)
+        visual = page.ids == teacher.config.image_token_id
+        with torch.no_grad():
+            rho = image_densities(teacher.visual(page.pixels, page.grids).patches, page.grids, 2)
+        expected.append([gaps[visual][chunk].mean() for chunk in rho.argsort(stable=True).chunk(10)])
+    np.testing.assert_allclose([m for m, _, _ in results["drift_of_others"]["silent"]["means"]],
+                               np.mean(expected, 0), rtol=1e-3)
     for name in ("charts.png", "pages.png"):
         assert np.asarray(Image.open(tmp_path / "out" / name)).std() > 5
 
@@ -262,7 +288,7 @@ def test_pictures_and_table_bear_figures_that_are_not_defined(tmp_path):
     pages = made_up(3)
     for one in pages:
         one.drift, one.rho, one.together = 0 * one.drift, 0 * one.rho + 0.1, 0 * one.together
-    results = diagnose.diagnose(pages, [0, 1])
+    results = dict(student="c1", **diagnose.diagnose(pages, [0, 1]))
     diagnose.draw_charts(results, tmp_path / "charts.png")
     diagnose.draw_pages(pages, tmp_path / "pages.png")
     assert "not defined" in diagnose.table(results) and Image.open(tmp_path / "charts.png").size == (1120, 1230)
@@ -281,6 +307,7 @@ def test_what_cannot_be_compared_is_refused_in_one_sentence(folder, models, tmp_
                          (["--teacher", folder, "--student", folder], "attention in all layers"),
                          (["--teacher", tiny, "--student", str(other)], "does not come from"),
                          (["--teacher", tiny, "--student", str(tmp_path)], "is not a model folder"),
+                         (["--teacher", tiny, "--student", folder, folder], "which two of them share"),
                          (["--teacher", tiny, "--student", folder, "--images", "1"], "must be at least 2"),
                          (["--teacher", tiny, "--student", folder, "--data", str(tmp_path / "text.jsonl")],
                           "needs at least 2")):
