@@ -3,6 +3,7 @@
     python reproduce.py table1 ledger               # run what is missing, then write RESULTS.md
     python reproduce.py --write                     # only write RESULTS.md from results/*.json
     python reproduce.py table1 --seeds 5 --jobs 2   # two runs of one thread each
+    python reproduce.py table1 --again              # the same runs once more: how far do they repeat?
 
 A run is one command of `distill.py` or `sft_dpo.py` in a process of its own and one judgement of its student on
 evaluation pages, which training never draws. What is kept of it is results/<run>.json: its settings and one 0 or 1
@@ -144,7 +145,7 @@ def one(name, seed, results, wanted="result"):
     """Trains and judges one student, unless its result is there, or its folder when that is `wanted`."""
     with busy[name, seed]:
         file = results / f"{name}-seed{seed}.json"
-        out = HERE / "out" / "reproduce" / f"{name}-seed{seed}"
+        out = HERE / "out" / ("again" if results.name == "again" else "reproduce") / f"{name}-seed{seed}"
         if file.exists() and (wanted == "result" or (out / "model.safetensors").exists()):
             return
         if FLAGS[name] in PHASES:
@@ -273,6 +274,24 @@ def draw_where(groups, path):
     sheet.save(path)
 
 
+def repeated(results, runs):
+    """Rows for runs that were run once more (--again), and the typical size of the change."""
+    rows, changes = [], defaultdict(list)
+    for file in sorted((results / "again").glob("*-seed*.json")):
+        stored = json.loads(file.read_text())
+        if stored["seed"] not in runs.get(stored["run"], {}):
+            continue
+        first, second = runs[stored["run"]][stored["seed"]], scores(stored["marks"])
+        for suite in SUITES:
+            changes[suite].append(second[suite] - first[suite])
+        cells = " | ".join(f"{first[suite]:.1f}, {second[suite]:.1f}" for suite in SUITES)
+        rows.append(f"| {stored['run']} | {stored['seed']} | {cells} |")
+    if rows:
+        cells = " | ".join(f"{math.sqrt(np.mean(np.square(changes[suite]))):.1f}" for suite in SUITES)
+        rows.append(f"| root mean square of the change | {len(rows)} runs | {cells} |")
+    return rows
+
+
 def write(results):
     """RESULTS.md and its figure from results/*.json."""
     runs, marks = {}, {}
@@ -306,6 +325,11 @@ def write(results):
                 cells.append("" if paper is None else f"{paper:+.1f}")
                 lines.append(f"| {a} − {b} | {len(shared)} | {' | '.join(cells)} |")
         lines.append("")
+    if again := repeated(results, runs):
+        lines += ["## The same runs on another CPU", "", "Same command and seed, other instruction set: sums are taken in "
+                  "another order, and training magnifies the last bit. What follows is the part of every difference above "
+                  "that is no property of a condition or a seed.", "", "| run | seed | reading, again | reasoning, again |",
+                  "|---|---|---|---|", *again, ""]
     if groups := where(marks):
         draw_where(groups, HERE / "docs" / "where.png")
         lines += ["## Where does density help?", "", "![C4 minus C3](docs/where.png)", "", "Whiskers: one standard "
@@ -323,6 +347,7 @@ def main():
     p.add_argument("tables", nargs="*", choices=[[], *TABLES], help=f"of {', '.join(TABLES)}")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    p.add_argument("--again", action="store_true", help="repeat runs that have results, into results/again")
     p.add_argument("--write", action="store_true", help="only write RESULTS.md")
     p.add_argument("--judge", nargs="+", metavar="FOLDER PAGE SUITE", help="print a model's marks (what a run calls)")
     a = p.parse_args()
@@ -331,11 +356,15 @@ def main():
     results = HERE / "results"
     results.mkdir(exist_ok=True)
     refuse_stale(results)
+    target = results / "again" if a.again else results
+    target.mkdir(exist_ok=True)
     if not a.write:
-        wanted = ["teacher", *(name for table in a.tables for name in TABLES[table][1])]
-        with ThreadPoolExecutor(a.jobs) as pool:          # seed by seed, so that a short evening has whole seeds
-            runs = {f"{name}-seed{seed}": pool.submit(one, name, seed, results) for seed in range(a.seeds)
-                    for name in wanted if seed == 0 or name not in TEACHERS}
+        wanted = [(name, seed) for seed in range(a.seeds)         # seed by seed: a short evening has whole seeds
+                  for name in ("teacher", *(name for table in a.tables for name in TABLES[table][1]))
+                  if (seed == 0 or name not in TEACHERS)
+                  and (not a.again or name not in TEACHERS and (results / f"{name}-seed{seed}.json").exists())]
+        with ThreadPoolExecutor(a.jobs) as pool:
+            runs = {f"{name}-seed{seed}": pool.submit(one, name, seed, target) for name, seed in wanted}
         failed = [name for name, run in runs.items() if run.exception()]
     write(results)
     if not a.write and failed:

@@ -138,3 +138,26 @@ def test_results_show_each_run_and_each_paired_difference_once(tmp_path, monkeyp
     assert f"| c4-regimes − c3-regimes | 3 | {cells} |" in text
     reading = [np.mean([found["c3", s][f] for f in SUITES["reading"]]) for s in range(3)]
     assert f"| c3 | `--cond c3` | 3 | {np.mean(reading):.1f} ± {stats.tstd(reading):.1f} |" in text
+    assert "another CPU" not in text
+
+
+def test_a_repetition_is_kept_apart_and_compared(commands, tmp_path, monkeypatch):
+    """The same command into a folder of its own; what changed is summed up as a root mean square."""
+    (tmp_path / "results").mkdir()
+    marks = {f: "1" * 10 for families in SUITES.values() for f in families}
+    for seed in (0, 1):
+        stored = dict(run="c4", flags="", seed=seed, marks=marks, settings=reproduce.settings_of("c4", seed))
+        (tmp_path / "results" / f"c4-seed{seed}.json").write_text(json.dumps(stored))
+    monkeypatch.setattr(reproduce, "where", lambda marks: {})
+    monkeypatch.setattr("sys.argv", ["reproduce.py", "table1", "table8", "--again", "--seeds", "5", "--jobs", "1"])
+    reproduce.main()
+    outs = [c[c.index("--out") + 1] for c in commands if "--out" in c]
+    assert outs == [str(tmp_path / "out" / "again" / f"c4-seed{seed}") for seed in (0, 1)]
+    assert sorted(f.name for f in (tmp_path / "results").glob("*/*.json")) == ["c4-seed0.json", "c4-seed1.json"]
+    stored = json.loads((tmp_path / "results" / "again" / "c4-seed0.json").read_text())
+    stored["marks"] = marks | {"digits": "1" * 5 + "0" * 5}
+    (tmp_path / "results" / "again" / "c4-seed0.json").write_text(json.dumps(stored))
+    reproduce.write(tmp_path / "results")
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "| c4 | 0 | 100.0, 90.0 | 100.0, 100.0 |" in text and "| c4 | 1 | 100.0, 50.0 | 100.0, 50.0 |" in text
+    assert f"| 2 runs | {((10 ** 2 + 50 ** 2) / 2) ** .5:.1f} | {(50 ** 2 / 2) ** .5:.1f} |" in text
