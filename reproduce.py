@@ -274,6 +274,34 @@ def draw_where(groups, path):
     sheet.save(path)
 
 
+def draw_conditions(runs, path):
+    """A row for each condition and a column for each suite: a dot for each seed, a bar at their mean; the teacher is the
+    dashed line."""
+    font, ink, grid = ImageFont.load_default(26), (50, 50, 60), (226, 226, 230)
+    rows = [name for key in ("table1", "table5", "table8") for name in TABLES[key][1] if name in runs]
+    low = 10 * int(min(99, *(v for name in rows for scored in runs[name].values() for v in scored.values())) // 10)
+    sheet = Image.new("RGB", (1560, 150 + 56 * len(rows)), "white")        # drawn at twice its size
+    pen, bottom = ImageDraw.Draw(sheet), 76 + 56 * len(rows)
+    for i, name in enumerate(rows):
+        pen.text((206, 100 + 56 * i), name, fill=ink, font=font, anchor="rm")
+    for column, suite in enumerate(SUITES):
+        def at(value):
+            return 250 + 660 * column + 600 * (value - low) / (100 - low)
+        pen.text((at(low), 14), f"{suite.capitalize()}, % exact match", fill=ink, font=font)
+        for value in range(low, 101, 10):
+            pen.line([at(value), 66, at(value), bottom], fill=grid, width=2)
+            pen.text((at(value), bottom + 12), str(value), fill=ink, font=font, anchor="ma")
+        for y in range(66, bottom, 16) if "teacher" in runs else ():
+            pen.line([at(runs["teacher"][0][suite]), y, at(runs["teacher"][0][suite]), y + 8], fill=ink, width=3)
+        for i, name in enumerate(rows):
+            y, values = 100 + 56 * i, [scored[suite] for scored in runs[name].values()]
+            mean, strong = float(np.mean(values)), (178, 58, 92) if name == "c4" else (110, 130, 160)
+            for value in values:
+                pen.ellipse([at(value) - 8, y - 8, at(value) + 8, y + 8], outline=strong, width=3)
+            pen.line([at(mean), y - 20, at(mean), y + 20], fill=strong, width=7)
+    sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS).save(path)
+
+
 def repeated(results, runs):
     """Rows for runs that were run once more (--again), and the typical size of the change."""
     rows, changes = [], defaultdict(list)
@@ -305,6 +333,11 @@ def write(results):
              "and, of differences, the standard error; these are paired: same seed, data order and initial mixers. What "
              "they say in words stands in [README.md](README.md#results-on-the-embedded-world).", ""]
 
+    if set(TABLES["table1"][1]) & set(runs):
+        (HERE / "docs").mkdir(exist_ok=True)
+        draw_conditions(runs, HERE / "docs" / "conditions.png")
+        lines += ["![Exact match by condition](docs/conditions.png)", "", "A dot for each seed, a bar at their mean, the "
+                      "teacher dashed.", ""]
     home = {name: key for key, (_, rows) in reversed(TABLES.items()) for name in rows}          # its first table
     for key, (title, rows) in TABLES.items():
         if not set(rows) & set(runs) - set(TEACHERS):
