@@ -466,16 +466,29 @@ EMBEDDED = ("reading", "reasoning", "regimes")            # the first two are as
 # Reading: a benchmark's questions as (record, Sample)
 
 
+def json_rows(file):
+    with open(file, encoding="utf-8-sig") as lines:        # -sig: some editors write a byte-order mark
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    row = None
+                if not isinstance(row, dict):
+                    raise ValueError(f"{file} line {number} is not a JSON object")
+                yield row
+
+
 def rows_of(path):
-    """Yields (row, FILE#NUMBER) of JSONL or parquet, a file, folder or pattern. Raises FileNotFoundError."""
+    """Yields (row, FILE#NUMBER) of JSONL or parquet, a file, folder or pattern. Raises FileNotFoundError, and ValueError
+    that names the line which is no JSON object."""
     found = sorted(glob.glob(f"{path}/*" if Path(path).is_dir() else str(path)))
     files = [f for f in found if f.endswith((".jsonl", ".parquet"))]
     if not files:
         raise FileNotFoundError(f"{path} has no .jsonl or .parquet file")
     for file in files:
         if file.endswith(".jsonl"):
-            with open(file, encoding="utf-8") as lines:
-                rows = [json.loads(line) for line in lines if line.strip()]
+            rows = json_rows(file)
         else:
             import pyarrow.parquet                         # optional: only for parquet
             batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=32)
@@ -522,7 +535,10 @@ def file_questions(name, path, n):
     for number, (row, reference) in enumerate(itertools.islice(rows_of(path), n)):
         try:
             text, columns = bench.ask(row), bench.images(row)
-            images = [opened(row[c], Path(reference).parent) for c in columns]
+            try:
+                images = [opened(row[c], Path(reference).parent) for c in columns]
+            except (OSError, ValueError, AttributeError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+                raise ValueError(f"{reference}: its image cannot be read: {error}") from None
             kept = [c.rstrip("?") for c in bench.keep.split() if c[-1] != "?" or c[:-1] in row]
             kept = {c: row[c] for c in kept}
             part = bench.part(row)
@@ -565,21 +581,23 @@ def judged(record):
 
 
 def evaluate_models(models, processor, n=None, benches=None, seed=0, batch_size=16, max_new_tokens=None,
-                    device="cpu", dtype=None, keep=None, page=10):
+                    device="cpu", dtype=None, keep=None, page=10, resume=False):
     """Asks every model the same questions. Returns {name: [records]}, what `table` and `gallery` take.
 
     models: {name: a Qwen3VL, or a folder that is loaded when its turn comes}. benches: {benchmark: path, or
     None for an embedded suite}, by default reading and reasoning. n: questions of each (None: 500 embedded ones, all of
     a file). max_new_tokens: a cap below each benchmark's own. keep: a folder in which answers-MODEL.jsonl grows as
-    the replies come, for they may take hours. page: cells on a side of an embedded page."""
+    the replies come, for they may take hours. page: cells on a side of an embedded page. resume: go on after the answers
+    that `keep` holds; raises ValueError if they are to other questions."""
     results, benches = {}, benches or dict.fromkeys(EMBEDDED[:2])
     for name, path in benches.items():                     # a missing column shows before the first answer
         if path is not None:
             next(file_questions(name, path, 1), None)
+    held = {name: kept_answers(keep / f"answers-{name}.jsonl") if resume else [] for name in models}
     if keep:
         keep.mkdir(parents=True, exist_ok=True)
-        for name in models:
-            (keep / f"answers-{name}.jsonl").unlink(missing_ok=True)
+        for name in models:                                # without a line that was cut off
+            write_answers(keep, name, held[name])
     for model_name, model in models.items():
         if not isinstance(model, torch.nn.Module):
             model = Qwen3VL.from_pretrained(model, dtype=dtype, device=device)
@@ -590,6 +608,12 @@ def evaluate_models(models, processor, n=None, benches=None, seed=0, batch_size=
             if path is not None:
                 eyes.min_pixels, eyes.max_pixels = (n * eyes.factor ** 2 for n in HARNESS_TOKENS)
             asked = embedded_questions(name, n, seed, page) if path is None else file_questions(name, path, n)
+            for old in [r for r in held[model_name] if r["benchmark"] == name]:
+                new = next(asked, ({},))[0]
+                if any(old[k] != v for k, v in json.loads(json.dumps(new)).items()) or not new:
+                    raise ValueError(f"{keep} holds an answer to another question than {name} asks here ({old['id']}): go "
+                                     "on with the same flags, or start anew without --resume")
+                results[model_name].append(judged(old))
             while window := list(itertools.islice(asked, 8 * batch_size)):     # so many images at once
                 records, samples = zip(*window)
                 replies = answer(model, eyes, samples, batch_size, limit, f"{model_name}: {name}")
@@ -937,6 +961,15 @@ def full_processor(folder):
     return Processor(folder, max_tokens=262144, max_text_tokens=262144, max_visual_tokens=HARNESS_TOKENS[1])
 
 
+def kept_answers(file):
+    """The records of an answers-MODEL.jsonl, but for a last line that was cut off."""
+    if not file.exists():
+        return []
+    with open(file, encoding="utf-8") as lines:
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [{k: v for k, v in record.items() if k != "model"} for record in records]
+
+
 def write_answers(folder, model, records, mode="w"):
     with open(folder / f"answers-{model}.jsonl", mode, encoding="utf-8") as f:
         f.writelines(json.dumps({"model": model, **r}, ensure_ascii=False) + "\n" for r in records)
@@ -961,8 +994,9 @@ def rescored(files):
     """Records of answers-*.jsonl files, judged again -> {model: records}; says how many scores changed."""
     results = defaultdict(list)
     for file in files:
-        for line in open(file, encoding="utf-8"):
-            record = json.loads(line)
+        for record in json_rows(file):
+            if not {"model", "benchmark", "answer", "row"} <= set(record):
+                raise ValueError(f"{file} is not a file of answers that this script wrote")
             results[record.pop("model")].append(record)
     new = {name: [judged(r) for r in records] for name, records in results.items()}
     changed = sum(a["score"] != b["score"] for name in new for a, b in zip(results[name], new[name]))
@@ -987,10 +1021,14 @@ def main(arguments=None):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
     p.add_argument("--out", type=Path, default=Path("out/eval"))
+    p.add_argument("--resume", action="store_true", help="go on after the answers that --out holds")
     p.add_argument("--rescore", nargs="+", metavar="FILE", help="answers-*.jsonl to score again")
     a = p.parse_args(arguments)
-    if a.rescore:
-        return report(rescored(a.rescore), a.out)
+    try:
+        if a.rescore:
+            return report(rescored(a.rescore), a.out)
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
     if not a.models:
         p.error("give at least one model folder")
     benches = {name: path or None for name, _, path in (b.partition("=") for b in a.bench)}
@@ -1003,7 +1041,7 @@ def main(arguments=None):
     try:
         results = evaluate_models(dict(zip(names, a.models)), full_processor(a.models[0]), a.n, benches, a.seed,
                                   a.batch_size, a.max_new_tokens, a.device, a.dtype and getattr(torch, a.dtype), a.out,
-                                  a.page)
+                                  a.page, a.resume)
     except (BadSample, ValueError, OSError) as error:      # what the user can mend is said in one sentence
         sys.exit(str(error))
     report(results, a.out)

@@ -621,6 +621,42 @@ def test_command_line_writes_what_rescoring_reproduces_without_a_model(folder, t
     assert "1 of 24 scores changed" in capsys.readouterr().out
 
 
+def test_an_interrupted_evaluation_asks_only_what_is_left(folder, tmp_path, monkeypatch):
+    flags = [str(folder), "--n", "6", "--batch-size", "2", "--max-new-tokens", "5", "--device", "cpu", "--out"]
+    E.main([*flags, str(tmp_path / "a")])
+    file = next((tmp_path / "a").glob("answers-*.jsonl"))
+    whole = file.read_text()
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / file.name).write_text("".join(lines[:8]) + lines[8][:-9])        # cut off in the ninth
+    asked, answer = [], E.answer
+    monkeypatch.setattr(E, "answer", lambda model, processor, samples, *more: asked.extend(samples) or answer(
+        model, processor, samples, *more))
+    E.main([*flags, str(tmp_path / "b"), "--resume"])
+    assert [s.id for s in asked] == [json.loads(line)["id"] for line in lines[8:]] and len(asked) == 4
+    assert (tmp_path / "b" / file.name).read_text() == whole
+    with pytest.raises(SystemExit, match="an answer to another question than reading asks here"):
+        E.main([*flags, str(tmp_path / "b"), "--resume", "--seed", "3"])
+    E.main([*flags, str(tmp_path / "b")])                 # without the flag everything is asked anew
+    assert len(asked) == 16
+
+
+def test_what_cannot_be_read_is_named(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('\ufeff{"question": "?", "options": ["a"], "answer": 0, "image": "no.png"}\n[1]\n')
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n")
+    for text, words in (("", "rows.jsonl#0: its image cannot be read: .*no.png"),
+                        ("bad.png", "rows.jsonl#0: its image cannot be read: cannot identify")):
+        (tmp_path / "rows.jsonl").write_text((tmp_path / "rows.jsonl").read_text().replace("no.png", text or "no.png"))
+        with pytest.raises(ValueError, match=words):
+            list(E.file_questions("ai2d", str(tmp_path), None))
+    Image.new("RGB", (9, 9)).save(tmp_path / "bad.png")
+    with pytest.raises(ValueError, match="rows.jsonl line 2 is not a JSON object"):
+        list(E.file_questions("ai2d", str(tmp_path), None))
+    with pytest.raises(SystemExit, match="is not a file of answers that this script wrote"):
+        (tmp_path / "rows.jsonl").write_text("{}\n")
+        E.main(["--rescore", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")])
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_benchmarks_are_read_from_files_in_their_own_columns(tmp_path, kind):
     pictures = [Image.new("RGB", (30 + i, 20), (40 * i, 0, 0)) for i in range(3)]
