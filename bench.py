@@ -51,7 +51,7 @@ from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 import distill  # noqa: E402
 from data import IGNORED, Plan, Processor, Sample, collate, loader, texts  # noqa: E402
 from mamba2 import ssd  # noqa: E402
-from model import Attention, Config, KVCache, Qwen3VL, to_hybrid  # noqa: E402
+from model import Attention, Config, KVCache, Qwen3VL, device_of, to_hybrid  # noqa: E402
 from synthdoc import World  # noqa: E402
 
 HERE, GB, ROOM = Path(__file__).parent, 2 ** 30, 256      # ROOM: positions a random cache leaves for decoding
@@ -933,6 +933,8 @@ def parse(argv):
             dict(action="store_true")
         parser.add_argument("--" + name.replace("_", "-"), default=default, help=why, **kind)
     opt = parser.parse_args(argv[1:] if argv[:1] == [command] else argv)
+    if getattr(opt, "ssd_minimal", "") and not Path(opt.ssd_minimal).is_file():
+        parser.error(f"--ssd-minimal {opt.ssd_minimal}: there is no such file")
     return argparse.Namespace(**{"device": "cpu", **vars(opt), "command": command})
 
 
@@ -941,9 +943,10 @@ def main(argv):
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     with tempfile.TemporaryDirectory() as scratch:
         try:
+            device_of(opt.device)
             opt.folder = folder_of(opt.model, scratch) if "model" in opt else ""
         except (OSError, ValueError) as error:
-            sys.exit(f"--model {opt.model}: {error}")
+            sys.exit(str(error) if str(error).startswith("--") else f"--model {opt.model}: {error}")
         record(opt, COMMANDS[opt.command][0](opt))
 
 

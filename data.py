@@ -209,6 +209,8 @@ class Processor:
     def __init__(self, folder, max_visual_tokens=MAX_VISUAL_TOKENS, max_tokens=MAX_TOKENS,
                  max_text_tokens=MAX_TEXT_TOKENS):
         folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
         config = json.loads((folder / "config.json").read_text())
         settings = folder / "preprocessor_config.json"
         settings = RELEASED | (json.loads(settings.read_text()) if settings.exists() else {})
@@ -929,9 +931,10 @@ if __name__ == "__main__":
     parser.add_argument("command", choices=["check", "convert"])
     parser.add_argument("paths", nargs="+")
     args = parser.parse_args()
-    if args.command == "convert":
-        if len(args.paths) < 2:
-            parser.error("give parquet files and the folder to write to")
-        convert(args.paths[:-1], args.paths[-1])
-    else:
-        raise SystemExit(1 if sum(map(check, args.paths)) else 0)
+    if args.command == "convert" and len(args.paths) < 2:
+        parser.error("give parquet files and the folder to write to")
+    try:
+        bad = sum(map(check, args.paths)) if args.command == "check" else convert(args.paths[:-1], args.paths[-1])
+    except (OSError, ValueError, ImportError) as error:
+        raise SystemExit(str(error)) from None
+    raise SystemExit(1 if bad else 0)

@@ -554,16 +554,16 @@ def main():
         parser.error("give pictures to draw, or --cache FILE together with --data FILE")
 
     from data import BadSample, Processor, read_data
-    from model import Qwen3VL
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = getattr(torch, args.dtype or ("bfloat16" if device == "cuda" else "float32"))
-    teacher, processor = Qwen3VL.from_pretrained(args.teacher, kind, device), Processor(args.teacher)
+    from model import Qwen3VL, device_of
+    device = device_of()
+    kind = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     try:
+        teacher, processor = Qwen3VL.from_pretrained(args.teacher, kind, device), Processor(args.teacher)
         if args.images:
             draw_files(args.images, teacher, processor, args.out)
         if args.cache:
             cache_corpus(args.cache, read_data(args.data), teacher, processor, args.skip_bad)
-    except (BadSample, CacheError) as error:
+    except (BadSample, CacheError, ValueError, OSError) as error:
         raise SystemExit(str(error))
 
 

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from data import IGNORED, BadSample, Processor, flattened, open_image, read_data
 from density import image_densities
 from distill import drift as squared_drift, fisher_scores
-from model import Qwen3VL, rotate
+from model import Qwen3VL, device_of, rotate
 from synthdoc import SUITES, World
 
 GROUPS = 10                                               # deciles of density
@@ -523,8 +523,9 @@ def draw_pages(pages, path, count=4, side=200):
 
 def load(a):
     """-> teacher, {name: student}, processor; or a ValueError that says why these cannot be compared."""
-    dtype = getattr(torch, a.dtype or ("bfloat16" if a.device.startswith("cuda") else "float32"))
-    teacher, *students = (Qwen3VL.from_pretrained(f, dtype, a.device).requires_grad_(False)
+    device = device_of(a.device)
+    dtype = getattr(torch, a.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    teacher, *students = (Qwen3VL.from_pretrained(f, dtype, device).requires_grad_(False)
                           for f in (a.teacher, *a.student))
     for folder, student in zip(a.student, students):
         if teacher.config.hybrid or not student.config.hybrid:
@@ -570,7 +571,7 @@ def main(arguments=None):
     p.add_argument("--alone", type=int, default=16,
                    help="of these, pages where each visual position is hidden by itself: a teacher pass for each")
     p.add_argument("--seed", type=int, default=1, help="of the embedded world; evaluate.py asks about 0")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", default="", help="cuda or cpu; default: cuda where there is one")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on cuda, else float32")
     p.add_argument("--out", type=Path, default=Path("results/diagnose"))
     a = p.parse_args(arguments)

@@ -47,7 +47,7 @@ from tqdm import tqdm
 from data import IGNORED, BadSample, BadSamples, Plan, Processor, collate, loader, read_data
 from density import (WEIGHTS, CacheError, DensityCache, cache_key, draw_map, fingerprint, image_densities, image_sha,
                      records, write_cache)
-from model import Config, Qwen3VL, causal_mask_needed, find_tensors, to_hybrid
+from model import Config, Qwen3VL, causal_mask_needed, device_of, find_tensors, to_hybrid
 from synthdoc import World
 
 # ---------------------------------------------------------------------------------------------------------
@@ -444,7 +444,7 @@ class Ranks:
 def start(s):
     """Threads, device and process group from torchrun's environment; one process needs no group."""
     env = os.environ
-    kind = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = device_of(s.device).type
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # torchrun gives several processes one thread each, and a single one all cores: both are set on purpose here.
     torch.set_num_threads(s.threads or max(1, cores // int(env.get("LOCAL_WORLD_SIZE", 1))))

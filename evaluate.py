@@ -39,7 +39,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from data import BadSample, Processor, Sample, collate
-from model import Qwen3VL
+from model import Qwen3VL, device_of
 
 # ---------------------------------------------------------------------------------------------------------
 # Metrics: pure functions of a reply (stripped) and a row
@@ -1018,7 +1018,7 @@ def main(arguments=None):
     p.add_argument("--page", type=int, default=10, help="cells on a side of an embedded page")
     p.add_argument("--batch-size", type=int, default=16)
     p.add_argument("--max-new-tokens", type=int, help="a cap below each benchmark's own length")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", default="", help="cuda or cpu; default: cuda where there is one")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
     p.add_argument("--out", type=Path, default=Path("out/eval"))
     p.add_argument("--resume", action="store_true", help="go on after the answers that --out holds")
@@ -1031,6 +1031,9 @@ def main(arguments=None):
         sys.exit(str(error))
     if not a.models:
         p.error("give at least one model folder")
+    for flag, value in (("--n", a.n), ("--batch-size", a.batch_size), ("--max-new-tokens", a.max_new_tokens)):
+        if value is not None and value < 1:
+            p.error(f"{flag} must be at least 1, but is {value}")
     benches = {name: path or None for name, _, path in (b.partition("=") for b in a.bench)}
     for name, path in benches.items():
         if name not in BENCHMARKS or (path is None) != (name in EMBEDDED):
@@ -1040,7 +1043,7 @@ def main(arguments=None):
     names = [m.strip("/").replace("/", "-") if names.count(n) > 1 else n for m, n in zip(a.models, names)]
     try:
         results = evaluate_models(dict(zip(names, a.models)), full_processor(a.models[0]), a.n, benches, a.seed,
-                                  a.batch_size, a.max_new_tokens, a.device, a.dtype and getattr(torch, a.dtype), a.out,
+                                  a.batch_size, a.max_new_tokens, device_of(a.device), a.dtype and getattr(torch, a.dtype), a.out,
                                   a.page, a.resume)
     except (BadSample, ValueError, OSError) as error:      # what the user can mend is said in one sentence
         sys.exit(str(error))

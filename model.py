@@ -138,6 +138,17 @@ class Config:
         return dict(architectures=[kind], model_type="qwen3_vl", text_config=text, vision_config=vision, **top)
 
 
+def device_of(name=""):
+    """The device of that name; of none, cuda where there is one. Raises ValueError on what is not here."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device {name} is unknown: say cuda or cpu") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: this PyTorch sees no GPU")
+    return device
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The vision tower: patches in, visual tokens out
 

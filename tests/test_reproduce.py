@@ -19,7 +19,7 @@ def commands(tmp_path, monkeypatch):
     def run(command, stdout=None, **options):
         noted.append(command[1:])
         if "--judge" in command:
-            marks = {f: "10" for families in SUITES.values() for f in families}
+            marks = {f: "10" for suite in command[command.index("--judge") + 3:] for f in (SUITES | REGIMES)[suite]}
             return subprocess.CompletedProcess(command, 0, stdout=f"a warning\n{json.dumps(marks)}\n")
         folder = tmp_path / "out" / "reproduce" / command[command.index("--out") + 1].split("/")[-1]
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,6 +71,23 @@ def test_a_result_of_other_settings_is_refused(commands, tmp_path, monkeypatch):
     file.write_text(json.dumps(stored))
     with pytest.raises(SystemExit, match="c4-sft-seed1.json was made under other settings .feed own there, teacher now"):
         reproduce.refuse_stale(tmp_path)
+
+
+def test_the_command_alone_runs_the_whole_programme_and_no_run_twice(commands, tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(reproduce, "where", lambda marks: {})
+    monkeypatch.setattr("sys.argv", ["reproduce.py", "--jobs", "1"])
+    reproduce.main()
+    made = {f.stem for f in (tmp_path / "results").glob("*.json")}
+    every = {name for _, rows in reproduce.TABLES.values() for name in rows}
+    assert made == {"teacher-seed0"} | {
+        f"{name}-seed{seed}" for name in every
+        for seed in range(1 if name.startswith("teacher") else 5 if name in ("c1", "c2", "c3", "c4") else 3)}
+    assert sum("--judge" in c for c in commands) == len(made)
+    for words in (["table9"], ["--seeds", "0"]):
+        monkeypatch.setattr("sys.argv", ["reproduce.py", *words])
+        with pytest.raises(SystemExit):
+            reproduce.main()
 
 
 def test_means_and_errors_are_scipys(tmp_path):
