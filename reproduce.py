@@ -57,6 +57,7 @@ TABLES = {
     "regimes": ("Appendix A: pages on which density misranks, by family", {
         f"{c}-regimes": f"--cond {c} --suite regimes" for c in ("c1", "c3", "c4", "c5")}),
 }
+BELOW = "<!-- `python reproduce.py --write` writes all that follows from results/*.json -->"
 PHASES, TEACHERS = ("sft", "dpo"), ("teacher", "teacher-page7", "teacher-page14")
 FLAGS = {"teacher": ""} | {name: flags for _, rows in TABLES.values() for name, flags in rows.items()}
 COLUMNS = SUITES | {family: [family] for family in REGIMES["regimes"]}
@@ -322,17 +323,15 @@ def repeated(results, runs):
 
 
 def write(results):
-    """RESULTS.md and its figure from results/*.json."""
+    """The tables of RESULTS.md and their figures from results/*.json."""
     runs, marks = {}, {}
     for file in sorted(results.glob("*-seed*.json")):
         stored = json.loads(file.read_text())
         runs.setdefault(stored["run"], {})[stored["seed"]] = scores(stored["marks"])
         marks.setdefault(stored["run"], {})[stored["seed"]] = stored["marks"]
-    lines = ["# Results on the embedded world", "",
-             f"Written by `python reproduce.py --write` from `results/`. Exact match in per cent on {QUESTIONS} "
+    lines = [BELOW, "", "# The tables", "", f"Exact match in per cent on {QUESTIONS} "
              f"evaluation questions a suite; students after {TOKENS:,} tokens. ± is the standard deviation over seeds "
-             "and, of differences, the standard error; these are paired: same seed, data order and initial mixers. What "
-             "they say in words stands in [README.md](README.md#results-on-the-embedded-world).", ""]
+             "and, of differences, the standard error; these are paired: same seed, data order and initial mixers.", ""]
 
     if set(TABLES["table1"][1]) & set(runs):
         (HERE / "docs").mkdir(exist_ok=True)
@@ -373,7 +372,9 @@ def write(results):
             lines += [f"| C4 − C3, points, {group} | seeds | |", "|---|---|---|",
                       *(f"| {name} | {len(v)} | {spread(mean_error(v)[0], mean_error(v)[2], '+')} |"
                         for name, v in rows.items()), ""]
-    (HERE / "RESULTS.md").write_text("\n".join(lines).rstrip() + "\n")
+    path = HERE / "RESULTS.md"                            # what is said in words above the tables is written by hand
+    words = path.read_text().split(BELOW)[0] if path.exists() else ""
+    path.write_text(words + "\n".join(lines).rstrip() + "\n")
 
 
 def main():
