@@ -182,6 +182,13 @@ def flattened(image):
     return image.convert("RGB")
 
 
+def refuse_size(width, height, name):
+    if width * height > MAX_IMAGE_PIXELS:
+        raise BadSample(f"{name} has {width} x {height} pixels, above the limit of {MAX_IMAGE_PIXELS:,}.")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadSample(f"{name} has {width} x {height} pixels, a ratio above {MAX_ASPECT}.")
+
+
 def smart_resize(height, width, factor, min_pixels, max_pixels):
     """Qwen's target size: sides are multiples of `factor`, the area within bounds, the shape nearly kept."""
     h, w = (round(side / factor) * factor for side in (height, width))              # half to even
@@ -265,10 +272,7 @@ class Processor:
     def target(self, size, name):
         """(width, height) -> (height, width) after resizing. Refuses by the header, before any decoding."""
         width, height = size
-        if width * height > MAX_IMAGE_PIXELS:
-            raise BadSample(f"{name} has {width} x {height} pixels, above the limit of {MAX_IMAGE_PIXELS:,}.")
-        if max(size) > MAX_ASPECT * min(size):
-            raise BadSample(f"{name} has {width} x {height} pixels, a ratio above {MAX_ASPECT}.")
+        refuse_size(width, height, name)
         h, w = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
         if h * w > self.max_visual_tokens * self.factor ** 2:            # a long strip under a low limit
             raise BadSample(f"{name} with {width} x {height} pixels needs {h * w // self.factor ** 2} visual "
@@ -882,20 +886,22 @@ def loader(dataset, processor, plan, workers=0, pin_memory=False):
 def check(path):
     """Reads every line and every image's header, prints the first complaints; -> number of bad samples."""
     data, bad = read_data(path), 0
-    for source in data.sources.values() if isinstance(data, Mixture) else [data]:
+    sources = [*data.sources.values()] if isinstance(data, Mixture) else [data]
+    for source in sources:
         for i in range(len(source)):
             try:
                 sample = source[i]
                 with located(sample.where):
-                    for image in sample.images:
-                        open_image(image).close()
+                    for path in sample.images:
+                        with open_image(path) as image:
+                            refuse_size(*image.size, path)
             except NoPreference:
                 pass
             except BadSample as error:
                 bad += 1
                 if bad <= 20:
                     print(error)
-    print(f"{path}: {len(data)} samples, of which {bad} cannot be used.")
+    print(f"{path}: {sum(map(len, sources))} samples, of which {bad} cannot be used.")
     return bad
 
 

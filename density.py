@@ -181,18 +181,31 @@ def topk_weights(rho, visual, mask, names=None, *, k=25.0, boost=5.0):
     return normalise_weights(1 + (boost - 1) * chosen, mask)
 
 
-def random_weights(rho, visual, mask, names=None, *, k=25.0, boost=5.0, seed=0):
-    """A.8, random control: as many positions as topk_weights takes, drawn by (seed, sample name) alone.
-
-    A sample meets the same mask in every epoch, batch and padding, as it does under density. rho is not read.
-    """
+def drawn_by_name(visual, names, seed):
+    """A uniform random number for every visual position, by (seed, sample name) alone -> list of (n,), one per sample.
+    So a sample meets the same draw in every epoch, batch and padding, as it meets the same density."""
     if names is None or len(names) != len(visual):
-        raise ValueError(f"random masks are drawn by sample name: {len(visual)} rows, names {names}")
+        raise ValueError(f"random weights are drawn by sample name: {len(visual)} rows, names {names}")
     draws = []
     for name, n in zip(names, visual.sum(1).tolist()):
         key = int.from_bytes(hashlib.sha256(f"{seed}\n{name}".encode()).digest()[:7], "little")
         draws.append(torch.rand(n, generator=torch.Generator().manual_seed(key)))
-    return topk_weights(torch.cat(draws).to(visual.device), visual, mask, k=k, boost=boost)
+    return draws
+
+
+def random_weights(rho, visual, mask, names=None, *, k=25.0, boost=5.0, seed=0):
+    """A.8, random control: as many positions as topk_weights takes, drawn at random. rho is not read."""
+    draws = torch.cat(drawn_by_name(visual, names, seed))
+    return topk_weights(draws.to(visual.device), visual, mask, k=k, boost=boost)
+
+
+def shuffled_weights(rho, visual, mask, names=None, *, tau=0.5, beta=2.0, minmax="all", seed=0):
+    """A control that the paper lacks: C4's weights on the wrong patches. Each sample's rho is put in random order, so
+    text, range and every weight stay, and only their places on the page are lost."""
+    draws = drawn_by_name(visual, names, seed)
+    parts = rho.split([len(draw) for draw in draws])
+    mixed = torch.cat([part[draw.argsort().to(part.device)] for part, draw in zip(parts, draws)])
+    return density_weights(mixed, visual, mask, tau=tau, beta=beta, minmax=minmax)
 
 
 def score_weights(scores, mask):
@@ -223,6 +236,7 @@ WEIGHTS = {
     "modality": modality_weights,    # -Density (A.6)  tau, beta
     "topk":     topk_weights,        # A.8             k, boost
     "random":   random_weights,      # A.8 control     k, boost, seed
+    "shuffled": shuffled_weights,    # control         tau, beta, minmax, seed
 }
 
 # ----------------------------------------------------------------------------------------------------------
@@ -554,11 +568,10 @@ def main():
         parser.error("give pictures to draw, or --cache FILE together with --data FILE")
 
     from data import BadSample, Processor, read_data
-    from model import Qwen3VL, device_of
+    from model import Qwen3VL, device_of, dtype_of
     device = device_of()
-    kind = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     try:
-        teacher, processor = Qwen3VL.from_pretrained(args.teacher, kind, device), Processor(args.teacher)
+        teacher, processor = Qwen3VL.from_pretrained(args.teacher, dtype_of(args.dtype, device), device), Processor(args.teacher)
         if args.images:
             draw_files(args.images, teacher, processor, args.out)
         if args.cache:

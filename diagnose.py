@@ -38,7 +38,7 @@ from tqdm import tqdm
 from data import IGNORED, BadSample, Processor, flattened, open_image, read_data
 from density import image_densities
 from distill import drift as squared_drift, fisher_scores
-from model import Qwen3VL, device_of, rotate
+from model import Qwen3VL, device_of, dtype_of, rotate
 from synthdoc import SUITES, World
 
 GROUPS = 10                                               # deciles of density
@@ -135,10 +135,10 @@ def deciles(rho, groups=GROUPS):
     return rank * groups // len(rho)
 
 
-def measure(teacher, student, page, image, each, said=("", ""), others={}):
+def measure(teacher, student, page, image, each, said=("", ""), others=None):
     """An Encoded page with image and answer -> Seen. each: also hide every visual position by itself. others: further
     students {name: model}, of which only the drift is measured."""
-    c, weight = teacher.config, teacher.lm_head.weight
+    c, weight, others = teacher.config, teacher.lm_head.weight, others or {}
     ids, labels, grids = (t.to(weight.device) for t in (page.ids, page.labels, page.grids))
     pixels, visual = page.pixels.to(weight.device, weight.dtype), ids == c.image_token_id        # (T,)
     with torch.no_grad():
@@ -524,7 +524,7 @@ def draw_pages(pages, path, count=4, side=200):
 def load(a):
     """-> teacher, {name: student}, processor; or a ValueError that says why these cannot be compared."""
     device = device_of(a.device)
-    dtype = getattr(torch, a.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    dtype = dtype_of(a.dtype, device)
     teacher, *students = (Qwen3VL.from_pretrained(f, dtype, device).requires_grad_(False)
                           for f in (a.teacher, *a.student))
     for folder, student in zip(a.student, students):

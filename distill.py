@@ -47,7 +47,7 @@ from tqdm import tqdm
 from data import IGNORED, BadSample, BadSamples, Plan, Processor, collate, loader, read_data
 from density import (WEIGHTS, CacheError, DensityCache, cache_key, draw_map, fingerprint, image_densities, image_sha,
                      records, write_cache)
-from model import Config, Qwen3VL, causal_mask_needed, device_of, find_tensors, to_hybrid
+from model import Config, Qwen3VL, causal_mask_needed, device_of, dtype_of, find_tensors, to_hybrid
 from synthdoc import World
 
 # ---------------------------------------------------------------------------------------------------------
@@ -76,21 +76,23 @@ CONDS = {
     "sl":          Cond("residual", "fisher", layers="middle", note="Table 8, +SL: one layer's gradient"),
     "topk":        Cond("residual", "topk",                note="A.8: 5 x on the k % densest positions"),
     "random":      Cond("residual", "random",              note="A.8: 5 x on k % random positions"),
+    "shuffled":    Cond("residual", "shuffled",            note="control: C4's weights, patches in random order"),
 }
 
 # ---------------------------------------------------------------------------------------------------------
 # Settings: every field is a flag
 
 
-def setting(default, why, choices=None, low=-math.inf, high=math.inf):
-    return field(default=default, metadata=dict(help=why, choices=choices, low=low, high=high))
+def setting(default, why, choices=None, low=-math.inf, high=math.inf, decides=True):
+    """decides: whether it can change what a run ends with; what cannot may change when a run goes on."""
+    return field(default=default, metadata=dict(help=why, choices=choices, low=low, high=high, decides=decides))
 
 
 @dataclass
 class Settings:
     """Of the loop; what distill.py adds stands in DistillSettings. None means: by DEFAULTS."""
     data: str = setting("", "JSONL file or recipe (data.py); empty: the embedded world (synthdoc.py)")
-    out: str = setting("", "folder of the run; empty: out/<cond>")
+    out: str = setting("", "folder of the run; empty: out/<cond>", decides=False)
     tokens: Optional[int] = setting(None, "token budget of the run", low=1)
     batch_tokens: Optional[int] = setting(None, "tokens of one optimiser step, over all ranks", low=1)
     micro_tokens: Optional[int] = setting(None, "padded tokens that one device processes at once", low=1)
@@ -100,17 +102,17 @@ class Settings:
     weight_decay: float = setting(0.01, "of matrices; norms, biases and other vectors have none", low=0)
     clip: float = setting(1.0, "bound of the gradient's norm", low=1e-9)
     seed: int = setting(0, "of the initialisation, the order of the data, and dropout", low=0)
-    save_every: int = setting(50, "steps between checkpoints; stage borders are saved too", low=1)
-    workers: int = setting(0, "processes that read data ahead", low=0)
-    threads: int = setting(0, "CPU threads of a process; 0: the cores divided among this node's processes", low=0)
-    device: str = setting("", "cuda or cpu; empty: cuda where there is one")
+    save_every: int = setting(50, "steps between checkpoints; stage borders are saved too", low=1, decides=False)
+    workers: int = setting(0, "processes that read data ahead", low=0, decides=False)
+    threads: int = setting(0, "CPU threads of a process; 0: the cores divided among this node's processes", low=0, decides=False)
+    device: str = setting("", "cuda or cpu; empty: cuda where there is one", decides=False)
     dtype: str = setting("", "of frozen weights and activations; empty: bfloat16 on cuda, else float32",
                          ["", "bfloat16", "float32", "float64"])
-    shard: bool = setting(False, "split the decoder's weights and optimiser state among the devices (FSDP2)")
+    shard: bool = setting(False, "split the decoder's weights and optimiser state among the devices (FSDP2)", decides=False)
     recompute: bool = setting(False, "recompute layers in the backward pass wherever one graph passes them all (not in "
-                              "Stages 1/2 fed the teacher's stream): less memory, a third more time")
+                              "Stages 1/2 fed the teacher's stream): less memory, a third more time", decides=False)
     skip_bad: bool = setting(False, "leave out unusable samples, up to 0.1 %, instead of stopping")
-    dry_run: bool = setting(False, "say what the run would need, and stop")
+    dry_run: bool = setting(False, "say what the run would need, and stop", decides=False)
 
 
 @dataclass
@@ -125,7 +127,7 @@ class DistillSettings(Settings):
     stage3: str = setting("mixers", "what Stage 3 trains: 4.1 says the full model, C.3 only mixers (ledger 5)",
                           ["mixers", "full"])
     schedule: str = setting("whole", "one cosine over the whole budget, or one per stage (ledger 13)", ["whole", "stage"])
-    kl: str = setting("answers", "positions of the KL term: supervised ones, or all that predict text (ledger 11)",
+    kl: str = setting("answers", "positions of the KL term: supervised ones, or all that predict text, which then divide both terms (ledger 11)",
                       ["answers", "text"])
     lambda_kl: float = setting(1.0, "Eq. 1", low=0)
     lambda_ce: float = setting(0.1, "Eq. 1", low=0)
@@ -134,12 +136,12 @@ class DistillSettings(Settings):
     minmax: str = setting("all", "normalise before or after the text value enters (ledger 7)", ["all", "visual"])
     density_cache: str = setting("", "file that `density.py --cache` wrote for this data and teacher; for conditions with "
                                      "gradient weights, that --write-cache wrote")
-    write_cache: str = setting("", "only write the condition's gradient weights to this file, for later runs (B.2)")
+    write_cache: str = setting("", "only write the condition's gradient weights to this file, for later runs (B.2)", decides=False)
     suite: str = setting("", "of the embedded world to train on; empty: its mixture",
                          ["", "reading", "reasoning", "regimes"])
     page: int = setting(10, "cells on a side of the embedded world's pages; a cell is a visual token", low=7)
     k: float = setting(25.0, "per cent of positions that the topk and random weights raise (A.8)", low=0, high=100)
-    questions: int = setting(256, "evaluation questions a suite at the end, on the embedded world; 0: none", low=0)
+    questions: int = setting(256, "evaluation questions a suite at the end, on the embedded world; 0: none", low=0, decides=False)
 
 
 DEFAULTS = {                    # embedded world, real data (Table 11)
@@ -281,8 +283,11 @@ class Distillation:
     def __init__(self, s, teacher, student):
         self.s, self.cond, self.teacher, self.student = s, CONDS[s.cond], teacher, student
         self.replaced = student.config.hybrid["layers"]
-        self.shares = [float(x) for x in s.stages.split("/") if x.replace(".", "", 1).isdigit()]
-        if len(self.shares) != 3 or abs(sum(self.shares) - 100) > 1e-6:
+        try:
+            self.shares = [float(share) for share in s.stages.split("/")]
+        except ValueError:
+            self.shares = []
+        if len(self.shares) != 3 or min(self.shares) < 0 or not abs(sum(self.shares) - 100) < 1e-6:
             raise ValueError(f"--stages {s.stages}: three shares that sum to 100 are needed, such as 10/30/60")
         for p in [*teacher.parameters(), *student.parameters()]:
             p.requires_grad_(False)
@@ -294,7 +299,8 @@ class Distillation:
             raise ValueError("the mixer inherits all its parameters, so Stage 1 has nothing to train: give it no "
                              "share, for instance --stages 0/40/60")
         options = dict(density=dict(tau=s.tau, beta=s.beta, minmax=s.minmax), modality=dict(tau=s.tau, beta=s.beta),
-                       topk=dict(k=s.k), random=dict(k=s.k, seed=s.seed))
+                       topk=dict(k=s.k), random=dict(k=s.k, seed=s.seed),
+                       shuffled=dict(tau=s.tau, beta=s.beta, minmax=s.minmax, seed=s.seed))
         self.weigh = partial(WEIGHTS[self.cond.weight], **options.get(self.cond.weight, {}))
         self.cache = None                                 # a density.DensityCache, set by main
 
@@ -377,7 +383,8 @@ class Distillation:
         target = following(batch.labels)
         rows = target != IGNORED
         if self.s.kl == "text":
-            rows = F.pad(batch.mask[:, 1:] & (batch.ids[:, 1:] != self.student.config.image_token_id), (0, 1))
+            c, ids = self.student.config, batch.ids[:, 1:]
+            rows = F.pad(batch.mask[:, 1:] & (ids != c.image_token_id) & (ids != c.video_token_id), (0, 1))
         inputs = (batch.ids, batch.mask, None, batch.grids, vision)
         with torch.no_grad():
             h_t = self.teacher.hidden(*inputs)[rows]                                    # (n, D)
@@ -451,16 +458,12 @@ def start(s):
     device = torch.device(kind, int(env.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    s.dtype = s.dtype or str(precision(s, device)).removeprefix("torch.")               # also of what stays on the CPU
+    s.dtype = s.dtype or str(dtype_of(s.dtype, device)).removeprefix("torch.")               # also of what stays on the CPU
     ranks = Ranks(int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), device)
     if ranks.world > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo",
                                 timeout=timedelta(hours=3))         # others wait while rank 0 writes 100 GB, or judges
     return ranks
-
-
-def precision(s, device):
-    return getattr(torch, s.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
 
 
 def load_model(s, flag, device, **caps):
@@ -469,7 +472,7 @@ def load_model(s, flag, device, **caps):
     for file in ("config.json", "tokenizer.json"):
         if not (folder / file).is_file():
             sys.exit(f"--{flag} {folder}: there is no {file}; give the folder of a downloaded Qwen3-VL checkpoint")
-    return Qwen3VL.from_pretrained(folder, precision(s, device), device), Processor(folder, **caps)
+    return Qwen3VL.from_pretrained(folder, dtype_of(s.dtype, device), device), Processor(folder, **caps)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -485,7 +488,9 @@ def shard(ranks, *models):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     if ranks.world == 1:
-        return [model.to(ranks.device) for model in models]
+        for model in models:
+            model.to(ranks.device)
+        return
     warnings.filterwarnings("ignore", message=".*returned a view tensor")               # the state, unused in training
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))                          # takes each part from the CPU
     layers = [layer for model in models for layer in model.layers]
@@ -552,12 +557,10 @@ def load_checkpoint(out, s):
     if not (out / "latest").exists():
         return None
     state = torch.load(out / (out / "latest").read_text() / "state.pt", map_location="cpu", mmap=True, weights_only=True)
-    free = {"out", "threads", "workers", "device", "dry_run", "save_every", "questions", "shard", "recompute",
-            "write_cache"}                                # may change between
     ours = asdict(s)
     theirs = {f.name: f.default for f in fields(s)} | state["settings"]                 # a newer flag had its default
-    changed = [f"--{k.replace('_', '-')} {theirs[k]} there, {ours[k]} here" for k in ours
-               if k not in free and theirs[k] != ours[k]]
+    changed = [f"--{f.name.replace('_', '-')} {theirs[f.name]} there, {ours[f.name]} here" for f in fields(s)
+               if f.metadata["decides"] and theirs[f.name] != ours[f.name]]
     if changed:
         sys.exit(f"{out} holds a run with other settings ({'; '.join(changed)}): go on with those, or choose another "
                  "--out")
@@ -659,7 +662,7 @@ def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
     bar = tqdm(total=s.tokens, initial=tokens, unit=" tokens", unit_scale=True, disable=ranks.rank > 0,
                smoothing=0.1, dynamic_ncols=True)
     # Without its cache of cast weights, which would keep a whole copy of what is sharded until the context ends.
-    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=precision(s, ranks.device) == torch.bfloat16,
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=dtype_of(s.dtype, ranks.device) == torch.bfloat16,
                               cache_enabled=not s.shard)
 
     def save():
@@ -806,9 +809,9 @@ def check(s):
 
 def dry_run(s):
     """What the run would need, from the config alone: no weights are read, so it works before the download ends."""
-    device = torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_of(s.device, here=False)
     with torch.device("meta"):
-        teacher = Qwen3VL(Config.from_folder(s.teacher)).to(precision(s, device))
+        teacher = Qwen3VL(Config.from_folder(s.teacher)).to(dtype_of(s.dtype, device))
     objective = Distillation(s, teacher, convert(s, teacher))
     new, mixers, trained, frozen = (sum(p.numel() for p in parameters) for parameters in (
         [p for n, p in objective.mixers.items() if objective.is_new(n)], objective.mixers.values(),
@@ -826,8 +829,8 @@ def needs(s, folder, frozen, trained, drifts=0):
     how many copies of each layer's stream are kept in fp32 besides (Stages 1/2 with --feed own; fed the teacher's, they
     need a layer's activations at a time, and Stage 3 the most)."""
     c, folder = Config.from_folder(folder).text, Path(folder)
-    device = torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    width, world = precision(s, device).itemsize, int(os.environ.get("WORLD_SIZE", 1)) if s.shard else 1
+    device = device_of(s.device, here=False)
+    width, world = dtype_of(s.dtype, device).itemsize, int(os.environ.get("WORLD_SIZE", 1)) if s.shard else 1
 
     def share(named):                                     # of the parameters that one device holds
         return sum(p.numel() / (world if re.search(r"language_model.*\.(self_attn|mlp)\.", n) else 1) for n, p in named.items())

@@ -39,7 +39,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from data import BadSample, Processor, Sample, collate
-from model import Qwen3VL, device_of
+from model import Qwen3VL, device_of, dtype_of
 
 # ---------------------------------------------------------------------------------------------------------
 # Metrics: pure functions of a reply (stripped) and a row
@@ -482,7 +482,7 @@ def json_rows(file):
 def rows_of(path):
     """Yields (row, FILE#NUMBER) of JSONL or parquet, a file, folder or pattern. Raises FileNotFoundError, and ValueError
     that names the line which is no JSON object."""
-    found = sorted(glob.glob(f"{path}/*" if Path(path).is_dir() else str(path)))
+    found = [str(path)] if Path(path).is_file() else sorted(glob.glob(f"{path}/*" if Path(path).is_dir() else str(path)))
     files = [f for f in found if f.endswith((".jsonl", ".parquet"))]
     if not files:
         raise FileNotFoundError(f"{path} has no .jsonl or .parquet file")
@@ -672,7 +672,7 @@ def averages(values):
     for name, value in values.items():
         rows[BENCHMARKS[name].group, BENCHMARKS[name].title].append(value)
     rows = {key: sum(v) / len(v) for key, v in rows.items()}
-    groups = {g: [v for (group, _), v in rows.items() if g in (group, "all")] for g in ("fine", "reasoning")}
+    groups = {g: [v for (group, _), v in rows.items() if g == group] for g in ("fine", "reasoning")}
     groups["all"] = list(rows.values())
     return {g: (len(v), sum(v) / len(v)) for g, v in groups.items() if v}
 
@@ -1019,7 +1019,7 @@ def main(arguments=None):
     p.add_argument("--batch-size", type=int, default=16)
     p.add_argument("--max-new-tokens", type=int, help="a cap below each benchmark's own length")
     p.add_argument("--device", default="", help="cuda or cpu; default: cuda where there is one")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, else float32")
     p.add_argument("--out", type=Path, default=Path("out/eval"))
     p.add_argument("--resume", action="store_true", help="go on after the answers that --out holds")
     p.add_argument("--rescore", nargs="+", metavar="FILE", help="answers-*.jsonl to score again")
@@ -1042,8 +1042,9 @@ def main(arguments=None):
     names = [Path(m).name for m in a.models]
     names = [m.strip("/").replace("/", "-") if names.count(n) > 1 else n for m, n in zip(a.models, names)]
     try:
+        device = device_of(a.device)
         results = evaluate_models(dict(zip(names, a.models)), full_processor(a.models[0]), a.n, benches, a.seed,
-                                  a.batch_size, a.max_new_tokens, device_of(a.device), a.dtype and getattr(torch, a.dtype), a.out,
+                                  a.batch_size, a.max_new_tokens, device, dtype_of(a.dtype, device), a.out,
                                   a.page, a.resume)
     except (BadSample, ValueError, OSError) as error:      # what the user can mend is said in one sentence
         sys.exit(str(error))

@@ -138,15 +138,21 @@ class Config:
         return dict(architectures=[kind], model_type="qwen3_vl", text_config=text, vision_config=vision, **top)
 
 
-def device_of(name=""):
-    """The device of that name; of none, cuda where there is one. Raises ValueError on what is not here."""
+def device_of(name="", here=True):
+    """The device of that name; without a name, cuda where there is one. Raises ValueError on a device that is not
+    here, or with here=False only on a name that is none."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise ValueError(f"--device {name} is unknown: say cuda or cpu") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if here and device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this PyTorch sees no GPU")
     return device
+
+
+def dtype_of(name, device):
+    """The dtype of that name; without a name, bfloat16 on cuda and float32 elsewhere."""
+    return getattr(torch, name or ("bfloat16" if torch.device(device).type == "cuda" else "float32"))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -812,9 +818,11 @@ def to_hybrid(teacher, mixer="mamba2", keep_every=4, init="default", seed=0):
     """The student f_theta-hat: attention stays in every `keep_every`-th layer (3, 7, ... of 0-based 4), all the
     other layers S get a mixer made from that layer's attention (Sect. 4.1). Only the mixers own new weights.
 
-    Raises ValueError when no layer would keep attention or none would be replaced.
+    Raises ValueError when the teacher is a hybrid, or when no layer would keep attention or none be replaced.
     """
     layers = teacher.layers
+    if teacher.config.hybrid:
+        raise ValueError("this model is a hybrid already: a teacher has attention in all layers")
     replaced = [i for i in range(len(layers)) if (i + 1) % keep_every != 0]
     if not 0 < len(replaced) < len(layers):
         raise ValueError(f"keep_every {keep_every} on {len(layers)} layers replaces {len(replaced)} of them; "

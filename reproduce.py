@@ -22,6 +22,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from threading import Lock
 
@@ -45,6 +46,8 @@ TABLES = {
             "c2-own": "--cond c2 --feed own", "c4-visual": "--cond c4 --minmax visual"}),       # c1 aligns no stream
     "table5": ("Table 5: gradient weights and Gated DeltaNet", {c: f"--cond {c}" for c in ("c5", "c6")}),
     "table8": ("Table 8: ablations", {c: f"--cond {c}" for c in ("no-residual", "no-density", "ld", "sl")}),
+    "control": ("A control that the paper lacks: C4's own weights on the page's patches in random order", {
+        "shuffled": "--cond shuffled"}),
     "a8": ("A.8: 5 x weight on k % of the positions", {
         f"{c}{k}": f"--cond {c} --k {k}" for k in (10, 25, 50) for c in ("topk", "random")}),
     "budget": ("Where density helps: token budget", {
@@ -65,6 +68,7 @@ COLUMNS = SUITES | {family: [family] for family in REGIMES["regimes"]}
 PAIRS = [("c2", "c1", 2.6), ("c3", "c2", 1.4), ("c4", "c3", 4.7), ("c4", "c2", None),
          ("c5", "c4", 0.6), ("c6", "c4", 0.7),
          ("c4", "no-residual", 2.5), ("c4", "no-density", 2.6), ("c4", "ld", 0.6), ("c4", "sl", 1.1),
+         ("c4", "shuffled", None), ("shuffled", "c3", None),
          ("c1-sft", "c1", None), ("c3-sft", "c3", None), ("c4-sft", "c4", None), ("c4-sft", "c3-sft", None),
          ("c1-dpo", "c1-sft", None), ("c3-dpo", "c3-sft", None), ("c4-dpo", "c4-sft", None), ("c4-dpo", "c3-dpo", None),
          ("c2-own", "c2", None), ("c3-own", "c3", None), ("c4-own", "c4", None),
@@ -118,8 +122,8 @@ def settings_of(name, seed):
     kind, defaults = DistillSettings, DEFAULTS
     if script == "sft_dpo.py":
         kind, defaults = phases[words[0]].settings, phases[words.pop(0)].defaults
-    idle = ("out", "model", "threads", "workers", "device", "save_every", "questions", "shard", "recompute", "dry_run")
-    chosen = {k: v for k, v in vars(parse(kind, defaults, words)).items() if k not in idle}
+    chosen = parse(kind, defaults, words)
+    chosen = {f.name: getattr(chosen, f.name) for f in fields(kind) if f.metadata["decides"] and f.name != "model"}
     return chosen if script == "distill.py" else {**chosen, "from": settings_of(parent_of(name), seed)}
 
 
@@ -359,9 +363,9 @@ def write(results):
                 lines.append(f"| {a} − {b} | {len(shared)} | {' | '.join(cells)} |")
         lines.append("")
     if again := repeated(results, runs):
-        lines += ["## The same runs on another CPU", "", "Same command and seed, other instruction set: sums are taken in "
-                  "another order, and training magnifies the last bit. What follows is the part of every difference above "
-                  "that is no property of a condition or a seed.", "", "| run | seed | reading, again | reasoning, again |",
+        lines += ["## The same runs once more", "", "Same command and seed (`--again`). On the same kind of CPU they repeat to the "
+                  "bit; where vector instructions differ, sums are taken in another order, and training magnifies the last "
+                  "bit. That part of every difference above is no property of a condition or a seed.", "", "| run | seed | reading, again | reasoning, again |",
                   "|---|---|---|---|", *again, ""]
     if groups := where(marks):
         draw_where(groups, HERE / "docs" / "where.png")

@@ -33,9 +33,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import IGNORED, BadSample, NoPreference, Processor, read_data
-from distill import (Ranks, Settings, following, load_model, needs, parse, precision, run, setting, shard, start,
+from distill import (Ranks, Settings, following, load_model, needs, parse, run, setting, shard, start,
                      token_logps)
-from model import Config, Qwen3VL
+from model import Config, Qwen3VL, dtype_of
 from synthdoc import World
 
 # ---------------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ class SFT:
         return backward(-logps.sum()), int(counts.sum()), {}
 
     def result(self):
-        return self.model.in_dtype(precision(self.s, self.model.lm_head.weight.device)).eval()
+        return self.model.in_dtype(dtype_of(self.s.dtype, self.model.lm_head.weight.device)).eval()
 
 
 class DPO:

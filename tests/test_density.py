@@ -236,6 +236,21 @@ def test_random_masks_depend_on_seed_and_name_and_on_nothing_else():
         WEIGHTS["random"](None, visual, mask, ["left"])
 
 
+def test_shuffled_weights_are_those_of_algorithm_1_in_other_places():
+    """Each row by the slow loop on its own densities, sorted; text in place; nothing from a neighbour's row."""
+    rho, visual, mask, rows = batch()
+    w = WEIGHTS["shuffled"](rho, visual, mask, NAMES)
+    for b in (0, 1, 3):
+        seen = visual[b][mask[b]]
+        expected = torch.tensor(np.asarray(loop_weights(rows[b], seen.tolist())), dtype=torch.float32)
+        got = w[b][mask[b]]
+        torch.testing.assert_close(got[~seen], expected[~seen])
+        torch.testing.assert_close(got[seen].sort().values, expected[seen].sort().values)
+        assert len(rows[b]) < 5 or not torch.allclose(got, expected)
+    assert torch.equal(w, WEIGHTS["shuffled"](rho, visual, mask, NAMES))
+    assert not torch.equal(w, WEIGHTS["shuffled"](rho, visual, mask, NAMES, seed=1))
+
+
 def test_gradient_scores_become_weights_in_proportion():
     rho, visual, mask, rows = batch()
     scores = torch.rand(mask.shape).masked_fill(~mask, float("nan"))        # padding may hold anything

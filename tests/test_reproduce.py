@@ -158,7 +158,7 @@ def test_results_show_each_run_and_each_paired_difference_once(tmp_path, monkeyp
     assert f"| c4-regimes − c3-regimes | 3 | {cells} |" in text
     reading = [np.mean([found["c3", s][f] for f in SUITES["reading"]]) for s in range(3)]
     assert f"| c3 | `--cond c3` | 3 | {np.mean(reading):.1f} ± {stats.tstd(reading):.1f} |" in text
-    assert "another CPU" not in text
+    assert "once more" not in text
 
 
 def test_a_repetition_is_kept_apart_and_compared(commands, tmp_path, monkeypatch):
