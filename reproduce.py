@@ -132,9 +132,15 @@ def page_of(name):
 
 
 def differences(theirs, ours):
-    """What two settings differ in; one that the older lacks had today's default, or it would have been a change."""
-    return [line for k, v in theirs.items() for line in (
-        differences(v, ours[k]) if isinstance(v, dict) else [f"{k} {v} there, {ours.get(k)} now"] if ours.get(k) != v else [])]
+    """What two settings differ in. One that the older lacks had today's default, or it would have been a change; one
+    that is known to the older alone no longer decides anything."""
+    found = []
+    for k in theirs.keys() & ours.keys():
+        if isinstance(theirs[k], dict):
+            found += differences(theirs[k], ours[k])
+        elif theirs[k] != ours[k]:
+            found.append(f"{k} {theirs[k]} there, {ours[k]} now")
+    return found
 
 
 def refuse_stale(results):
