@@ -122,18 +122,14 @@ def test_where_pairs_the_same_questions_of_the_same_seed():
     chart = groups["by family"]["chart"]
     plain = [100 * (runs["c4"][s]["chart"].count("1") - runs["c3"][s]["chart"].count("1")) / 400 for s in (1, 2)]
     assert np.allclose(chart, plain)
+    halves = groups["on the emptier and the fuller half of each family's pages"]
     for suite, families in SUITES.items():                # question i is the i // n-th of its family
-        bins, full, changes = groups[f"{suite}, by share of the page's cells that hold a mark (questions)"], \
-            reproduce.fullness(suite), {}
-        for i in range(reproduce.QUESTIONS):
-            family, k = families[i % len(families)], i // len(families)
-            low = max(e for e in (0, .03, .06, .1, .2) if full[i] >= e)
-            changes.setdefault(low, []).append(100 * (int(runs["c4"][1][family][k]) - int(runs["c3"][1][family][k])))
-        expected = {f"{100 * low:.0f}": v for low, v in changes.items() if len(v) >= 100}
-        assert len(bins) == len(expected) > 1
-        for name, values in bins.items():
-            here = expected[name.split(" to ")[0]]
-            assert int(name.split("(")[1][:-1]) == len(here) and np.isclose(values[0], np.mean(here))
+        full, emptier = reproduce.fullness(suite), []
+        for j, family in enumerate(families):
+            pages = sorted(range(reproduce.QUESTIONS // len(families)), key=lambda k: full[k * len(families) + j])
+            change = [int(runs["c4"][1][family][k]) - int(runs["c3"][1][family][k]) for k in pages[:len(pages) // 2]]
+            emptier.append(100 * np.mean(change))
+        assert len(emptier) > 1 and np.isclose(halves[f"{suite}, emptier"][0], np.mean(emptier))
 
 
 def test_results_show_each_run_and_each_paired_difference_once(tmp_path, monkeypatch):
@@ -154,7 +150,8 @@ def test_results_show_each_run_and_each_paired_difference_once(tmp_path, monkeyp
     assert text.startswith("Mine.\n<!--") and text.count("# The tables") == 1
     assert text.count("| c4 − c3 |") == text.count("| c4-regimes − c3-regimes |") == 1
     gains = [[found["c4-regimes", s][f] - found["c3-regimes", s][f] for s in range(3)] for f in REGIMES["regimes"]]
-    cells = " | ".join(f"{np.mean(g):+.1f} ± {stats.sem(g):.1f}" for g in gains)
+    cells = " | ".join(f"{np.mean(g):+.1f} ± {stats.sem(g):.1f}" + " †" * (stats.ttest_1samp(g, 0).pvalue < 0.05)
+                       for g in gains)
     assert f"| c4-regimes − c3-regimes | 3 | {cells} |" in text
     reading = [np.mean([found["c3", s][f] for f in SUITES["reading"]]) for s in range(3)]
     assert f"| c3 | `--cond c3` | 3 | {np.mean(reading):.1f} ± {stats.tstd(reading):.1f} |" in text
