@@ -23,6 +23,7 @@ import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from threading import Lock
 
@@ -216,10 +217,11 @@ def told_apart(mean, error, n):
     return " †" if error is not None and abs(mean) > T975.get(n - 1, 1.96) * error else ""
 
 
-def fullness(suite):
-    """Share of the cells that hold a mark (a character, a digit, a shape), of every page of a suite."""
+@cache
+def fullness(suite, n):
+    """Share of the cells that hold a mark (a character, a digit, a shape), of the first n pages of a suite."""
     world, shares = World("eval", 0, suite), []
-    for i in range(QUESTIONS):
+    for i in range(n):
         rng = world.rng(i)
         page = world.page(rng, world.family(rng, i))
         cells = {(y // CELL, x // CELL) for _, x0, y0, x1, y1 in page.marks
@@ -240,7 +242,7 @@ def where(marks):
                             for families in SUITES.values() for f in families}}
     rows = groups["on the emptier and the fuller half of each family's pages"] = {}
     for suite, families in SUITES.items():                # within families, or fullness would stand for one of them
-        shares = [fullness(suite)[i::len(families)].argsort(kind="stable") for i in range(len(families))]
+        shares = [fullness(suite, QUESTIONS)[i::len(families)].argsort(kind="stable") for i in range(len(families))]
         for name, part in (("emptier", 0), ("fuller", 1)):
             halves = [np.array_split(order, 2)[part] for order in shares]
             rows[f"{suite}, {name}"] = gains("c4", "c3", lambda m: np.mean([

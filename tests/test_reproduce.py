@@ -99,9 +99,8 @@ def test_means_and_errors_are_scipys(tmp_path):
 
 def test_fullness_counts_the_cells_that_were_drawn_on(monkeypatch):
     """On pages without texture, whatever differs from the page's tint was drawn."""
-    monkeypatch.setattr(reproduce, "QUESTIONS", 40)
     monkeypatch.setattr("synthdoc.blank", lambda rng, cells, texture: blank(rng, cells, 0))
-    found, world = reproduce.fullness("reasoning"), World("eval", 0, "reasoning")
+    found, world = reproduce.fullness("reasoning", 40), World("eval", 0, "reasoning")
     for share, i in zip(found, range(40)):
         image = world[i].images[0]
         plain = image.copy()
@@ -124,7 +123,7 @@ def test_where_pairs_the_same_questions_of_the_same_seed():
     assert np.allclose(chart, plain)
     halves = groups["on the emptier and the fuller half of each family's pages"]
     for suite, families in SUITES.items():                # question i is the i // n-th of its family
-        full, emptier = reproduce.fullness(suite), []
+        full, emptier = reproduce.fullness(suite, reproduce.QUESTIONS), []
         for j, family in enumerate(families):
             pages = sorted(range(reproduce.QUESTIONS // len(families)), key=lambda k: full[k * len(families) + j])
             change = [int(runs["c4"][1][family][k]) - int(runs["c3"][1][family][k]) for k in pages[:len(pages) // 2]]
@@ -150,7 +149,7 @@ def test_results_show_each_run_and_each_paired_difference_once(tmp_path, monkeyp
     assert text.startswith("Mine.\n<!--") and text.count("# The tables") == 1
     assert text.count("| c4 − c3 |") == text.count("| c4-regimes − c3-regimes |") == 1
     gains = [[found["c4-regimes", s][f] - found["c3-regimes", s][f] for s in range(3)] for f in REGIMES["regimes"]]
-    cells = " | ".join(f"{np.mean(g):+.1f} ± {stats.sem(g):.1f}" + " †" * (stats.ttest_1samp(g, 0).pvalue < 0.05)
+    cells = " | ".join(f"{np.mean(g):+.1f} ± {stats.sem(g):.1f}" + " †" * int(stats.ttest_1samp(g, 0).pvalue < 0.05)
                        for g in gains)
     assert f"| c4-regimes − c3-regimes | 3 | {cells} |" in text
     reading = [np.mean([found["c3", s][f] for f in SUITES["reading"]]) for s in range(3)]
