@@ -49,6 +49,7 @@ import torch.nn.functional as F  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
 import distill  # noqa: E402
+import loop  # noqa: E402
 from data import IGNORED, Plan, Processor, Sample, collate, loader, texts  # noqa: E402
 from mamba2 import ssd  # noqa: E402
 from model import Attention, Config, KVCache, Qwen3VL, device_of, to_hybrid  # noqa: E402
@@ -411,15 +412,15 @@ def stepper(opt, teacher, cond="c4", ranks=None, flags=()):
     s, ranks = settings(opt, cond, *flags), ranks or distill.Ranks(0, 1, torch.device(opt.device))
     objective = distill.Distillation(s, teacher, distill.convert(s, teacher))
     parameters = list(objective.parameters().values())
-    optimiser = torch.optim.AdamW(distill.groups(parameters, s.weight_decay), lr=1e-12, betas=(0.9, 0.95))
+    optimiser = torch.optim.AdamW(loop.groups(parameters, s.weight_decay), lr=1e-12, betas=(0.9, 0.95))
 
     def gradient(part):
         part.backward()
         return part.detach()
 
     def update(count):
-        distill.reduce_gradients(ranks, parameters, count)
-        distill.clip_gradients(ranks, parameters, s.clip)
+        loop.reduce_gradients(ranks, parameters, count)
+        loop.clip_gradients(ranks, parameters, s.clip)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 

@@ -121,7 +121,8 @@ def command(name, seed, out):
 
 def settings_of(name, seed):
     """All settings that decide a run's result, defaults filled in, with those of the run that it goes on from."""
-    from distill import DEFAULTS, DistillSettings, parse
+    from distill import DEFAULTS, DistillSettings
+    from loop import parse
     from sft_dpo import PHASES as phases
     if name in TEACHERS:
         return {"page": page_of(name)}

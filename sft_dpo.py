@@ -6,7 +6,7 @@
     python sft_dpo.py dpo --model out/c4-sft --data pairs.jsonl --dry-run
     python sft_dpo.py sft --help                                    # every setting, with its reason
 
-Both phases are an objective for the loop of distill.py: what trains, and the loss of one micro-batch.
+Both phases are an objective for the loop of loop.py: what trains, and the loss of one micro-batch.
 
     SFT    - sum over answer tokens of log pi(token | all before it), over the number of such tokens
     DPO    - log sigmoid(beta ((pi_c - ref_c) - (pi_r - ref_r))), over the number of pairs
@@ -33,8 +33,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import IGNORED, BadSample, NoPreference, Processor, read_data
-from distill import (Ranks, Settings, following, load_model, needs, parse, run, setting, shard, start,
-                     token_logps)
+from distill import following, token_logps
+from loop import Ranks, Settings, load_model, needs, parse, run, setting, shard, start
 from model import Config, Qwen3VL, dtype_of
 from synthdoc import World
 
@@ -172,7 +172,7 @@ def adapters_off(model):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The objectives: what the loop of distill.py asks of a phase
+# The objectives: what loop.py asks of a phase
 
 
 class SFT:

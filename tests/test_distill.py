@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,8 +25,9 @@ from torch.utils._pytree import tree_leaves
 
 import density
 import distill
+import loop
 from data import Processor, Sample, collate
-from model import Config, Qwen3VL, TextConfig, VisionConfig, causal_mask_needed
+from model import Config, Qwen3VL, TextConfig, VisionConfig
 from synthdoc import World
 
 ROOT = Path(distill.__file__).parent
@@ -487,9 +487,9 @@ def test_the_rate_of_every_step_is_that_of_its_place_in_the_schedule(teacher, tm
 
 def test_schedule_and_decay_follow_the_recipe(teacher, tmp_path):
     s, f, g, _ = load(teacher, tmp_path, tokens=1000, batch_tokens=1)
-    rates = [distill.learning_rate(s, t / 1000) for t in (0, 5, 10, 505, 1000)]
+    rates = [loop.learning_rate(s, t / 1000) for t in (0, 5, 10, 505, 1000)]
     assert rates == pytest.approx([0, 0.5e-3, 1e-3, 0.55e-3, 1e-4])                     # 1 % warm-up, cosine to 10 %
-    groups = distill.groups(list(g.parameters()), 0.01)
+    groups = loop.groups(list(g.parameters()), 0.01)
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     vectors = ("norm.weight", "norm", "bias", "A_log", "self_attn.D")
     for name, p in g.named_parameters():

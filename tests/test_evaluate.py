@@ -3,7 +3,6 @@
 The oracle is the PyPI package, installed bare:  pip install --no-deps lmms-eval==0.7.3
 (its task files import some thirty packages for work that is not checked here; stand-ins take their place).
 """
-import ast
 import copy
 import importlib
 import importlib.abc
