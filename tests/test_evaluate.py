@@ -1,4 +1,4 @@
-"""evaluate.py against lmms-eval itself, scipy, closed forms, and one-by-one generation.
+"""benchmarks.py and evaluate.py against lmms-eval itself, scipy, closed forms, and one-by-one generation.
 
 The oracle is the PyPI package, installed bare:  pip install --no-deps lmms-eval==0.7.3
 (its task files import some thirty packages for work that is not checked here; stand-ins take their place).
@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+import benchmarks
 import evaluate as E
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,20 +184,20 @@ def free_text_cases(seed, n):
 
 def test_anls_agrees_with_lmms_eval(harness):
     theirs = harness("lmms_eval.api.metrics").anls
-    assert E.anls("", {"answers": [""]}).score == 1
-    agree(score(E.anls), lambda reply, row: theirs(row["answers"], [reply])["anls"],
+    assert benchmarks.anls("", {"answers": [""]}).score == 1
+    agree(score(benchmarks.anls), lambda reply, row: theirs(row["answers"], [reply])["anls"],
           list(free_text_cases(1, 1500)))
 
 
 def test_relaxed_accuracy_agrees_with_lmms_eval(harness):
     theirs, rng = harness("chartqa.utils").chartqa_process_results, random.Random(2)
-    assert E.relaxed("50%", {"answer": "50"}).score == 0 and E.relaxed("52.5", {"answer": "50"}).score == 1
+    assert benchmarks.relaxed("50%", {"answer": "50"}).score == 0 and benchmarks.relaxed("52.5", {"answer": "50"}).score == 1
     cases = []
     for _ in range(2000):
         gold = rng.choice([number(rng), number(rng), phrase(rng), rng.choice(ODD)])
         cases.append((rng.choice([reply_to(rng, gold), close_number(rng, gold)]),
                       {"answer": gold, "type": "x"}))
-    agree(score(E.relaxed), lambda reply, row: theirs(row, [reply])["relaxed_overall"], cases)
+    agree(score(benchmarks.relaxed), lambda reply, row: theirs(row, [reply])["relaxed_overall"], cases)
 
 
 def test_vqa_accuracy_agrees_with_lmms_eval(harness):
@@ -207,10 +208,10 @@ def test_vqa_accuracy_agrees_with_lmms_eval(harness):
                    for _ in range(10)]
         cases.append((rng.choice([reply, mangled(rng, answers[0]).strip()]),
                       {"answers": answers, "question_id": 0}))
-    agree(score(E.vqa_accuracy), lambda reply, row: theirs(row, [reply])["exact_match"], cases)
+    agree(score(benchmarks.vqa_accuracy), lambda reply, row: theirs(row, [reply])["exact_match"], cases)
     normal = harness("_task_utils.vqa_eval_metric").EvalAIAnswerProcessor()
     texts = [reply for reply, _ in cases] + list(normal.CONTRACTIONS)
-    assert [text for text in texts if E.evalai(text) != normal(text)] == []
+    assert [text for text in texts if benchmarks.evalai(text) != normal(text)] == []
 
 
 def choice_rows(seed, n, most=4):
@@ -235,19 +236,19 @@ def test_ai2d_agrees_with_lmms_eval(harness):
         return metrics.exact_match_hf_evaluate([got], [utils.ai2d_doc_to_target(row, "mcq")],
                                                ignore_case=True,
                                                ignore_punctuation=True)["exact_match"]
-    agree(score(E.ai2d), theirs, cases)
+    agree(score(benchmarks.ai2d), theirs, cases)
 
 
 def test_mmstar_agrees_with_lmms_eval(harness):
     theirs = harness("mmstar.utils").exact_match
-    assert E.mmstar("A cat is on the mat, D", {"answer": "A"}).score == 1              # a quirk worth keeping
+    assert benchmarks.mmstar("A cat is on the mat, D", {"answer": "A"}).score == 1              # a quirk worth keeping
     cases = [(reply, {"answer": letter}) for *_, reply, _, _, letter in choice_rows(6, 3000)]
     phrases, rng = harness("lmms_eval.tasks._task_utils.mcq_extract")._ANSWER_PHRASES, random.Random(60)
-    assert set(E.SAID) == set(phrases)
+    assert set(benchmarks.SAID) == set(phrases)
     for words in 20 * phrases:
         reply = f"{phrase(rng)} {mangled(rng, words)} {rng.choice('ABCD')}{phrase(rng)}".strip()
         cases.append((reply, {"answer": rng.choice("ABCD")}))
-    agree(score(E.mmstar), lambda reply, row: theirs(reply, row["answer"]), cases)
+    agree(score(benchmarks.mmstar), lambda reply, row: theirs(reply, row["answer"]), cases)
 
 
 def test_mmbench_rules_agree_with_lmms_eval_static(harness):
@@ -266,7 +267,7 @@ def test_mmbench_rules_agree_with_lmms_eval_static(harness):
                "index": 3, **row}
         item = utils.mmbench_process_results(doc, [reply])["gpt_eval_score"]
         return utils.mmbench_evaluator.eval_sub_data(Frame([item]), {3: row["answer"]}, static_only=True)
-    agree(score(E.mmbench), theirs, cases)
+    agree(score(benchmarks.mmbench), theirs, cases)
 
 
 def test_mmmu_agrees_with_lmms_eval_except_where_it_draws_a_letter(harness, monkeypatch):
@@ -280,13 +281,13 @@ def test_mmmu_agrees_with_lmms_eval_except_where_it_draws_a_letter(harness, monk
     def theirs(reply, row):
         item = utils.mmmu_pro_process_results(row, [reply])["mmmu_acc"]
         return float(utils.eval_multi_choice(item["answer"], item["parsed_pred"]))
-    agree(score(E.mmmu), theirs, cases)
-    assert len(drawn) == sum(E.mmmu(*case).parsed is None for case in cases) > 100    # unparsed, just there
+    agree(score(benchmarks.mmmu), theirs, cases)
+    assert len(drawn) == sum(benchmarks.mmmu(*case).parsed is None for case in cases) > 100    # unparsed, just there
 
     def seen(reply, row):
         return float(utils.mmmu_pro_process_results({k: v for k, v in row.items() if k != "question"},
                                                     [reply])["mmmu_acc"]["parsed_pred"] == row["answer"])
-    agree(score(E.mmmu_vision), seen, cases)
+    agree(score(benchmarks.mmmu_vision), seen, cases)
 
 
 def test_mathvista_agrees_with_lmms_eval_except_where_it_guesses(harness, monkeypatch):
@@ -321,7 +322,7 @@ def test_mathvista_agrees_with_lmms_eval_except_where_it_guesses(harness, monkey
     for case in cases:
         guessed.clear()
         expected = theirs(*copy.deepcopy(case))
-        got = E.mathvista(*case)
+        got = benchmarks.mathvista(*case)
         if guessed:                                        # unparsed, or a letter with its punctuation
             lettered = case[0][0] in string.ascii_uppercase and case[0][1] in ".:)" if got.parsed else True
             assert lettered, (case, got)
@@ -331,12 +332,12 @@ def test_mathvista_agrees_with_lmms_eval_except_where_it_guesses(harness, monkey
     assert [p for p in plain if p[1] != p[2]] == [] and len(plain) > 1500 and differ > 100
     row = dict(question_type="free_form", answer_type="float", choices=None, precision=1.0, answer="1.2",
                query="?")
-    assert E.mathvista("1.23", row).score == 1 and theirs("1.23", row) == 0
+    assert benchmarks.mathvista("1.23", row).score == 1 and theirs("1.23", row) == 0
 
 
 def ocr_cases(seed, n):
     rng = random.Random(seed)
-    types = list(E.OCR_TYPES)
+    types = list(benchmarks.OCR_TYPES)
     for i in range(n):
         kind = types[i % len(types)]
         golds = [rng.choice([phrase(rng).strip(), " ".join(phrase(rng) for _ in range(3)).strip(),
@@ -386,10 +387,10 @@ def ocr_cases(seed, n):
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")                            # from parsing odd replies
 def test_ocrbench_types_agree_with_lmms_eval(harness):
     theirs = harness("ocrbench_v2.utils").ocrbench_v2_process_results
-    assert E.ocr_vqa("12345", {"answers": ["1"]}) == 1                                 # a quirk worth keeping
+    assert benchmarks.ocr_vqa("12345", {"answers": ["1"]}) == 1                                 # a quirk worth keeping
     cases = list(ocr_cases(10, 6000))
-    agree(score(E.ocrbench), lambda reply, row: theirs(row, [reply])["ocrbench_v2_accuracy"]["score"], cases)
-    assert E.ocrbench("x", {"type": "table parsing en"}).score is None
+    agree(score(benchmarks.ocrbench), lambda reply, row: theirs(row, [reply])["ocrbench_v2_accuracy"]["score"], cases)
+    assert benchmarks.ocrbench("x", {"type": "table parsing en"}).score is None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -400,7 +401,7 @@ def test_prompts_equal_lmms_evals(harness):
     rng, soft = random.Random(11), {"pre_prompt": "Question: ",
                                     "post_prompt": "Answer with the option letter only."}
     after = {"single": "\nAnswer the question using a single word or phrase.", "chart":
-             "\nAnswer the question with a single word.", "letter": f"\n{E.LETTER}."}
+             "\nAnswer the question with a single word.", "letter": f"\n{benchmarks.LETTER}."}
     for _, reply, texts, gold, letter in choice_rows(12, 60, 8):
         row = dict(question=f" {phrase(rng)}? ", options=texts, answer=gold,
                    hint=rng.choice([None, "nan", "Look."]), index=1,
@@ -416,14 +417,14 @@ def test_prompts_equal_lmms_evals(harness):
             "mmstar": harness("mmstar.utils").mmstar_doc_to_text(row, soft),
             "mmbench_en_dev": harness("mmbench.en_utils").mmbench_doc_to_text(row, kwargs["letter"]),
             "ocrbench_v2": harness("ocrbench_v2.utils").ocrbench_v2_doc_to_text(row)}
-        assert {name: E.BENCHMARKS[name].ask(row) for name in asked} == asked
+        assert {name: benchmarks.BENCHMARKS[name].ask(row) for name in asked} == asked
         row["options"], row["question"] = repr(texts), row["question"] + "<image 2> and <image 1>"
         key = {**soft, "format": "qwen3_vl",
                "vision_prompt": "Question: analyze the image and answer the associated question."}
         ask = harness("mmmu_pro.utils").mmmu_pro_doc_to_text
-        assert E.ask_mmmu(row) == ask(row, key) and E.mmmu_images(row) == ["image_1", "image_2"]
+        assert benchmarks.ask_mmmu(row) == ask(row, key) and benchmarks.mmmu_images(row) == ["image_1", "image_2"]
         row.pop("question")
-        assert E.ask_mmmu(row) == ask(row, key)
+        assert benchmarks.ask_mmmu(row) == ask(row, key)
         kind = rng.choice(["multi_choice", "integer", "float", "list"])
         row = dict(question=phrase(rng), unit=rng.choice([None, "$"]),
                    choices=texts if kind == "multi_choice" else None,
@@ -432,7 +433,7 @@ def test_prompts_equal_lmms_evals(harness):
                    answer_type="text" if kind == "multi_choice" else kind)
         theirs = harness("mathvista.utils").mathvista_doc_to_text(
             row, dict(shot=0, shot_type="format-prompt", use_caption=False, use_ocr=False))
-        assert E.ask_mathvista(row) == theirs
+        assert benchmarks.ask_mathvista(row) == theirs
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -738,7 +739,7 @@ def test_lmms_eval_runs_our_models_under_the_prompt_key_of_qwen3_vl(harness, fol
         return types.SimpleNamespace(args=args)
 
     limits = [{"max_new_tokens": 6 + i % 2} for i in range(len(docs))]
-    asked = [E.Sample(s.id, [dict(role="system", content=[{"type": "text", "text": E.SYSTEM}]), *s.messages],
+    asked = [E.Sample(s.id, [dict(role="system", content=[{"type": "text", "text": benchmarks.SYSTEM}]), *s.messages],
                       s.images)
              for s in samples]
     expected = [E.answer(chat.model, chat.processor, [s], 1, g["max_new_tokens"])[0]
