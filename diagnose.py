@@ -359,7 +359,8 @@ def table(results):
             ("answer score, a tenth hidden (Fig. 3B), nats", "0.143 / 0.041 = 3.5",
              tenths(results["importance"]["together"]))]
     if one := results["importance"].get("alone"):
-        rows.append(("answer score, one position hidden, nats", "-", tenths(one)))
+        rows += [("answer score, one position hidden, nats", "-", tenths(one)),
+                 ("Spearman of density and that, within a page [5th, 95th]", "-", ranked(one["spearman"]))]
     rows += [(f"unique R² of {name}", PAPER[name], f"{shown(main['unique'][name])}, slope {main['slopes'][name]:+.2f}")
              for name in PREDICTORS]
     rows += [("joint R²", PAPER["joint"], shown(main["joint"])),

@@ -297,7 +297,8 @@ def draw_conditions(runs, path):
     """A row for each condition and a column for each suite: a dot for each seed, a bar at their mean; the teacher is the
     dashed line."""
     font, ink, grid = ImageFont.load_default(26), (50, 50, 60), (226, 226, 230)
-    rows = [name for key in ("table1", "table5", "table8") for name in TABLES[key][1] if name in runs]
+    rows = [name for key in ("table1", "table5", "table8", "control") for name in TABLES[key][1]
+            if name in runs]
     low = 10 * int(min(99, *(v for name in rows for scored in runs[name].values() for v in scored.values())) // 10)
     sheet = Image.new("RGB", (1560, 150 + 56 * len(rows)), "white")        # drawn at twice its size
     pen, bottom = ImageDraw.Draw(sheet), 76 + 56 * len(rows)
@@ -380,6 +381,14 @@ def write(results):
                 cells = [spread(mean, error, "+") + told_apart(mean, error, len(shared)) for mean, _, error in errors]
                 cells.append(", ".join(f"{v:+g}" for v in paper))
                 lines.append(f"| {a} − {b} | {len(shared)} | {' | '.join(cells)} |")
+        lines.append("")
+    families = [f for suite in SUITES.values() for f in suite]
+    if rows := [name for key in ("table1", "table5", "table8", "control") for name in TABLES[key][1] if name in marks]:
+        lines += ["## By family", "", f"| run | seeds | {' | '.join(families)} |", "|---" * (2 + len(families)) + "|"]
+        for name in rows:
+            cells = [spread(*mean_error([100 * np.mean([int(c) for c in m[f]]) for m in marks[name].values()])[:2])
+                     for f in families]
+            lines.append(f"| {name} | {len(marks[name])} | {' | '.join(cells)} |")
         lines.append("")
     if again := repeated(results, runs):
         lines += ["## The same runs once more", "", "Same command and seed (`--again`). On the same kind of CPU they repeat to the "
