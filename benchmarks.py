@@ -264,7 +264,7 @@ def fields_of(reply):
             got = parse(text)
             break
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            got = re.findall(r"""([\w\s]+)["']?\s*[:=]\s*["']?([^\n,"'{}]+)""", text)
+            got = re.findall(r"""([\w\s]+)(?:["']\s*)?[:=]\s*["']?([^\n,"'{}]+)""", text)
             got = {key.strip(): value for key, value in got}
     if not isinstance(got, dict) or not all(isinstance(key, str) for key in got):
         return {}
@@ -289,7 +289,7 @@ def ocr_fields(reply, row):
 def iou(a, b):
     try:
         a, b = ([int(v) for v in box] for box in (a, b))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0.0
     w, h = (max(0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
     union = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)) - w * h

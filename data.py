@@ -83,11 +83,16 @@ class Sample:
             if role not in ("system", "user", "assistant", "document"):
                 raise BadSample(f"{where} has the unknown role {role!r}.")
             for part in parts:
-                if part["type"] not in ("text", "image") or not isinstance(part.get("text", ""), str):
+                if part["type"] != "image" and not (part["type"] == "text" and isinstance(part.get("text"), str)):
                     raise BadSample(f"{where} has a content part that is neither text nor image.")
             images += (shown := sum(p["type"] == "image" for p in parts))
             if shown and role in ("system", "assistant"):
                 raise BadSample(f"{where} has an image in the {role}'s turn; only a user shows one.")
+        if (self.chosen is None) != (self.rejected is None):
+            raise BadSample(f"{where} has one of chosen and rejected without the other.")
+        for part in [*(self.chosen or ()), *(self.rejected or ())]:
+            if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+                raise BadSample(f"{where} has a chosen or rejected answer that is not text.")
         contents = [m["content"] for m in self.messages] + [self.chosen or [], self.rejected or []]
         if any(unwritable(part.get("text", "")) for content in contents for part in content):
             raise BadSample(f"{where} has text that is not Unicode (half of a surrogate pair).")
@@ -208,7 +213,7 @@ class Processor:
     """Reads tokenizer.json, config.json and, if it is there, preprocessor_config.json of a model's folder.
 
     Pixels are bit-identical to transformers' Qwen2VLImageProcessorPil and ids equal Qwen3VLProcessor's, with
-    two exceptions made on purpose. Text is text: a literal "<|im_end|>" in a message is spelled out and never
+    three exceptions made on purpose. What is transparent shows white, not what lies under it. Text is text: a literal "<|im_end|>" in a message is spelled out and never
     becomes the special token. And an answer is tokenised on its own, so that the tokens of the prompt (which
     ends in "<|im_start|>assistant\\n") are a prefix of those of prompt and answer, whatever the answer; this
     differs only if the answer begins with white space that has a line break in it."""
@@ -243,7 +248,10 @@ class Processor:
         mean, std = (np.array(settings[key], np.float32)[:, None] for key in ("image_mean", "image_std"))
         self.table = (scaled - mean) / std                                                      # (C, 256)
 
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        try:
+            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:                           # the package raises nothing more special
+            raise ValueError(f"{folder}/tokenizer.json cannot be read: {error}") from None
         self.tokenizer.encode_special_tokens = True          # "text is text", see above
         self.special = {}
         for name, key in (("im_start", None), ("im_end", None), ("endoftext", None),
@@ -478,9 +486,11 @@ def read_messages(row):
 
 def read_llava(row):
     role = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+    system = [{"role": "system", "content": texts(row["system"])}] if row.get("system") else []
+    answers = {key: texts(row[key]["value"]) for key in ("chosen", "rejected") if row.get(key) is not None}
     return dict(images=listed(row.get("image")) or listed(row.get("images")),
-                messages=[{"role": role[turn["from"]], "content": marked(tidy(turn["value"]))}
-                          for turn in row["conversations"]])
+                messages=system + [{"role": role[turn["from"]], "content": marked(tidy(turn["value"]))}
+                                   for turn in row["conversations"]], **answers)
 
 
 def read_mmpr(row):
@@ -515,6 +525,8 @@ def read_ultrafeedback(row):
     """UltraFeedback, binarised: two conversations that differ in their last message."""
     chosen, rejected = ([{"role": m["role"], "content": texts(m["content"])} for m in row[key]]
                         for key in ("chosen", "rejected"))
+    if any("<image>" in part["text"] for message in chosen for part in message["content"]):
+        raise ValueError("a conversation as chosen and as rejected is text alone, but has <image>")
     if chosen[:-1] != rejected[:-1]:
         raise ValueError("chosen and rejected answer different prompts")
     if chosen[-1] == rejected[-1]:
@@ -599,6 +611,9 @@ def to_sample(row, folder, where, source):
         fields = read(row)
         if links := [i for i in fields.get("images", ()) if i.startswith(("http://", "https://"))]:
             raise BadSample(f"{where} has an image by its address ({links[0]}): download it and give its path.")
+        shown = [i for column in ("image", "images", "videos", "video") for i in listed(row.get(column)) if i]
+        if row.get("videos") or row.get("video") or shown and not fields.get("images"):
+            raise BadSample(f"{where} has images or videos that its format has no place for.")
         fields["images"] = [str(folder / image.removeprefix("file://")) for image in fields.get("images", ())]
         name = row.get("id") if read is read_messages else None      # published ids repeat, lines do not
         return Sample(str(name or where), source=row.get("source") or source, where=where, **fields)
@@ -622,7 +637,7 @@ class JSONL:
         if self.path.suffix == ".parquet":
             raise ValueError(f"{path} is parquet; first run `python data.py convert {path} FOLDER`.")
         with open(self.path, "rb") as file:
-            if file.read(64).lstrip()[:1] == b"[":
+            if file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
                 self.rows = read_json(path)
                 return
             file.seek(0)
@@ -726,13 +741,17 @@ def read_recipe(path):
         images = path.parent / entry["images"] if "images" in entry else None
         sources[name] = JSONL(path.parent / entry["path"], name, images)
         weights[name] = entry.get("weight", TABLE12.get(name, len(sources[name])))
+        if not isinstance(weights[name], (int, float)):
+            raise ValueError(f"{path}: the weight of {name} is {weights[name]!r}, not a number.")
+    if not sources or not isinstance(recipe.get("samples", 1), int) or recipe.get("samples", 1) < 1:
+        raise ValueError(f"{path} needs sources, and samples as a number above 0.")
     return Mixture(sources, weights, recipe.get("samples"), recipe.get("seed", 0))
 
 
 def read_data(path):
     """A recipe, or a file of samples: whichever it is."""
     if Path(path).suffix == ".json":
-        with open(path) as file:
+        with open(path, encoding="utf-8-sig") as file:
             if file.read(64).lstrip().startswith("{"):
                 return read_recipe(path)
     return JSONL(path)
@@ -891,10 +910,12 @@ def check(path):
         for i in range(len(source)):
             try:
                 sample = source[i]
+                if sample.chosen is None and sample.messages[-1]["role"] not in ("assistant", "document"):
+                    raise BadSample(f"{sample.where} ends without an answer: it teaches nothing.")
                 with located(sample.where):
-                    for path in sample.images:
-                        with open_image(path) as image:
-                            refuse_size(*image.size, path)
+                    for file in sample.images:
+                        with open_image(file) as image:
+                            refuse_size(*image.size, file)
             except NoPreference:
                 pass
             except BadSample as error:

@@ -502,6 +502,8 @@ def draw_files(paths, teacher, processor, folder):
     """Write FOLDER/NAME.density.png for every picture."""
     from data import Sample, flattened, open_image
     folder, merge = Path(folder), teacher.config.vision.spatial_merge_size
+    if len({Path(path).stem for path in paths}) < len(paths):
+        raise ValueError("two pictures have the same name, and so would their drawings")
     folder.mkdir(parents=True, exist_ok=True)
     for path in map(Path, paths):
         messages = [{"role": "user", "content": [{"type": "image"}]}]
@@ -560,7 +562,7 @@ def main():
     parser.add_argument("--out", default=".", help="folder for the drawings")
     parser.add_argument("--cache", help="write a cache to this file")
     parser.add_argument("--data", help="the JSONL corpus or recipe it is made from")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out unusable samples, up to 0.1 %%")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out unusable samples, up to 0.1 %% (or ten)")
     parser.add_argument("--dtype", default="", choices=["", "bfloat16", "float32", "float64"],
                         help="as distill.py's: a cache serves runs in the dtype it was made in")
     args = parser.parse_args()

@@ -13,6 +13,7 @@ for lmms-eval itself.
 import argparse
 import copy
 import glob
+import hashlib
 import itertools
 import json
 import math
@@ -27,12 +28,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from benchmarks import BENCHMARKS, EMBEDDED, HARNESS_TOKENS, SYSTEM
 from data import BadSample, Processor, Sample, collate
-from model import Qwen3VL, device_of, dtype_of
+from model import Config, Qwen3VL, device_of, dtype_of
 
 # ---------------------------------------------------------------------------------------------------------
 # Reading: a benchmark's questions as (record, Sample)
@@ -72,7 +73,8 @@ def rows_of(path):
 def opened(cell, folder):
     """An image cell (path, bytes, or a parquet file's {"bytes", "path"}) -> RGB, as lmms-eval converts it."""
     cell = cell.get("bytes") or cell["path"] if isinstance(cell, dict) else cell
-    return Image.open(BytesIO(cell) if isinstance(cell, bytes) else Path(folder) / cell).convert("RGB")
+    image = Image.open(BytesIO(cell) if isinstance(cell, bytes) else Path(folder) / cell)
+    return ImageOps.exif_transpose(image).convert("RGB")   # as the package datasets does on decoding
 
 
 def picture(reference):
@@ -112,12 +114,15 @@ def file_questions(name, path, n):
             except (OSError, ValueError, AttributeError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
                 raise ValueError(f"{reference}: its image cannot be read: {error}") from None
             kept = [c.rstrip("?") for c in bench.keep.split() if c[-1] != "?" or c[:-1] in row]
-            kept = {c: row[c] for c in kept}
-            part = bench.part(row)
+            kept = {c: [row[c]] if c == "answers" and isinstance(row[c], str) else row[c] for c in kept}
+            part, gold = bench.part(row), bench.gold(row)
+            bench.metric("", kept)                         # what cannot be scored shows before it is answered
         except KeyError as lacking:
             raise ValueError(f"{reference}: {name} needs a column {lacking}, not in {sorted(row)}") from None
+        except (TypeError, AttributeError, IndexError, ZeroDivisionError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{reference} is no question of {name}: {error}") from None
         record = dict(benchmark=name, id=str(row.get(bench.id, number)), part=part, question=text,
-                      image=[f"{reference}#{c}" for c in columns], gold=bench.gold(row), row=kept)
+                      image=[f"{reference}#{c}" for c in columns], gold=gold, row=kept)
         content = [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]
         yield record, Sample(record["id"], [dict(role="system", content=[{"type": "text", "text": SYSTEM}]),
                                             dict(role="user", content=content)], images, name)
@@ -146,6 +151,12 @@ def answer(model, processor, samples, batch_size=16, max_new_tokens=32, label="a
     return replies
 
 
+def weights_of(folder, dtype):
+    """A mark of a folder's weights by size and time, and of their precision: answers of others are not to be gone on."""
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(folder).glob("*.safetensors"))]
+    return hashlib.sha256(repr((files, dtype)).encode()).hexdigest()[:12]
+
+
 def judged(record):
     """A record with its `answer`, scored: adds parsed, unparsed and score. Needs no model."""
     score, parsed = BENCHMARKS[record["benchmark"]].metric(record["answer"].strip(), record["row"])
@@ -163,16 +174,18 @@ def evaluate_models(models, processor, n=None, benches=None, seed=0, batch_size=
     that `keep` holds; raises ValueError if they are to other questions."""
     results, benches = {}, benches or dict.fromkeys(EMBEDDED[:2])
     for name, path in benches.items():                     # a missing column shows before the first answer
-        if path is not None:
-            next(file_questions(name, path, 1), None)
+        if path is not None and next(file_questions(name, path, 1), None) is None:
+            raise ValueError(f"{path} has no row")
     held = {name: kept_answers(keep / f"answers-{name}.jsonl") if resume else [] for name in models}
-    if keep:
-        keep.mkdir(parents=True, exist_ok=True)
-        for name in models:                                # without a line that was cut off
-            write_answers(keep, name, held[name])
+    if strange := {r["benchmark"] for records in held.values() for r in records} - set(benches):
+        raise ValueError(f"{keep} holds answers to {', '.join(sorted(strange))} too: ask for all of it, or choose another --out")
     for model_name, model in models.items():
+        stamp = "" if isinstance(model, torch.nn.Module) else weights_of(model, dtype)
         if not isinstance(model, torch.nn.Module):
             model = Qwen3VL.from_pretrained(model, dtype=dtype, device=device)
+        if keep:                                           # not before a model could be loaded
+            keep.mkdir(parents=True, exist_ok=True)
+            write_answers(keep, model_name, held[model_name])      # without a line that was cut off
         was_training, results[model_name] = model.training, []
         model.eval()
         for name, path in benches.items():
@@ -181,15 +194,16 @@ def evaluate_models(models, processor, n=None, benches=None, seed=0, batch_size=
                 eyes.min_pixels, eyes.max_pixels = (n * eyes.factor ** 2 for n in HARNESS_TOKENS)
             asked = embedded_questions(name, n, seed, page) if path is None else file_questions(name, path, n)
             for old in [r for r in held[model_name] if r["benchmark"] == name]:
-                new = next(asked, ({},))[0]
-                if any(old[k] != v for k, v in json.loads(json.dumps(new)).items()) or not new:
-                    raise ValueError(f"{keep} holds an answer to another question than {name} asks here ({old['id']}): go "
-                                     "on with the same flags, or start anew without --resume")
+                new = {**next(asked, ({},))[0], "run": f"{stamp} {limit}"}
+                if any(old.get(k) != v for k, v in json.loads(json.dumps(new)).items()):
+                    raise ValueError(f"{keep} holds an answer to another question, or of other weights or settings, than "
+                                     f"{model_name} has here ({name} {old.get('id')}): go on with the same, or start anew "
+                                     "without --resume")
                 results[model_name].append(judged(old))
             while window := list(itertools.islice(asked, 8 * batch_size)):     # so many images at once
                 records, samples = zip(*window)
                 replies = answer(model, eyes, samples, batch_size, limit, f"{model_name}: {name}")
-                new = [judged({**r, "answer": reply}) for r, reply in zip(records, replies)]
+                new = [judged({**r, "run": f"{stamp} {limit}", "answer": reply}) for r, reply in zip(records, replies)]
                 results[model_name] += new
                 if keep:
                     write_answers(keep, model_name, new, "a")
@@ -538,8 +552,11 @@ def kept_answers(file):
     if not file.exists():
         return []
     with open(file, encoding="utf-8") as lines:
-        records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{k: v for k, v in record.items() if k != "model"} for record in records]
+        whole = [line for line in lines if line.endswith("\n") and line.strip()]
+    try:
+        return [{k: v for k, v in json.loads(line).items() if k != "model"} for line in whole]
+    except (ValueError, AttributeError):
+        raise ValueError(f"{file} has a line that is no answer") from None
 
 
 def write_answers(folder, model, records, mode="w"):
@@ -592,13 +609,15 @@ def main(arguments=None):
     p.add_argument("--max-new-tokens", type=int, help="a cap below each benchmark's own length")
     p.add_argument("--device", default="", help="cuda or cpu; default: cuda where there is one")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, else float32")
-    p.add_argument("--out", type=Path, default=Path("out/eval"))
+    p.add_argument("--out", type=Path, help="default: out/eval; of --rescore: where the first file is")
     p.add_argument("--resume", action="store_true", help="go on after the answers that --out holds")
     p.add_argument("--rescore", nargs="+", metavar="FILE", help="answers-*.jsonl to score again")
     a = p.parse_args(arguments)
     try:
         if a.rescore:
-            return report(rescored(a.rescore), a.out)
+            if a.models or a.bench or len(set(a.rescore)) < len(a.rescore):
+                p.error("--rescore takes files of answers, each once, and no models or benchmarks")
+            return report(rescored(a.rescore), a.out or Path(a.rescore[0]).parent)
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     if not a.models:
@@ -611,9 +630,17 @@ def main(arguments=None):
         if name not in BENCHMARKS or (path is None) != (name in EMBEDDED):
             p.error(f"--bench {name}: give NAME=PATH, or {' or '.join(EMBEDDED)} alone; the names are "
                     f"{', '.join(BENCHMARKS)}")
-    names = [Path(m).name for m in a.models]
-    names = [m.strip("/").replace("/", "-") if names.count(n) > 1 else n for m, n in zip(a.models, names)]
+    folders = [Path(m).resolve() for m in a.models]
+    if len(set(folders)) < len(folders) or len(benches) < len(a.bench):
+        p.error("each model and each benchmark can be named once")
+    names = [f.name if [g.name for g in folders].count(f.name) == 1 else str(m).strip("/").replace("/", "-")
+             for f, m in zip(folders, a.models)]
+    a.out = a.out or Path("out/eval")
     try:
+        for folder in folders:                             # what is missing shows before the first answer
+            Config.from_folder(folder)
+            if (folder / "tokenizer.json").read_bytes() != (folders[0] / "tokenizer.json").read_bytes():
+                raise ValueError(f"{folder} has another tokenizer.json than {folders[0]}: judge them one by one")
         device = device_of(a.device)
         results = evaluate_models(dict(zip(names, a.models)), full_processor(a.models[0]), a.n, benches, a.seed,
                                   a.batch_size, a.max_new_tokens, device, dtype_of(a.dtype, device), a.out,

@@ -63,7 +63,7 @@ class Settings:
     shard: bool = setting(False, "split the decoder's weights and optimiser state among the devices (FSDP2)", decides=False)
     recompute: bool = setting(False, "recompute layers in the backward pass wherever one graph passes them all (not in "
                               "Stages 1/2 fed the teacher's stream): less memory, a third more time", decides=False)
-    skip_bad: bool = setting(False, "leave out unusable samples, up to 0.1 %, instead of stopping")
+    skip_bad: bool = setting(False, "leave out unusable samples, up to 0.1 % (or ten), instead of stopping")
     dry_run: bool = setting(False, "say what the run would need, and stop", decides=False)
 
 

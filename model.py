@@ -629,9 +629,14 @@ class Qwen3VL(nn.Module):
                  temperature=0.0, top_p=1.0, top_k=0):
         """Answers, greedy by default; `generate(..., **model.sampling)` samples as the checkpoint suggests.
 
-        ids (B, T) padded on either side, mask (B, T). Returns B lists of new token ids, without the eos.
+        ids (B, T) padded on either side, mask (B, T). Returns B lists of new token ids, without the eos. Raises
+        ValueError on a negative temperature or chunk, and when the weights give no finite logits.
         """
+        if temperature < 0 or chunk is not None and chunk < 1:
+            raise ValueError(f"temperature must be at least 0 and chunk at least 1, got {temperature} and {chunk}")
         logits, states, position = self.prefill(ids, mask, pixels, grids, chunk)
+        if not torch.isfinite(logits).all():
+            raise ValueError("the model's logits are not finite: are its weights damaged?")
         answers, done = [[] for _ in range(len(ids))], [False] * len(ids)
         for n in range(max_new_tokens):
             token = sample(logits, temperature, top_p, top_k, generator)                # (B,)
@@ -680,7 +685,11 @@ class Qwen3VL(nn.Module):
                 state[name] = kept[file].get_tensor(name)
             del stored
         if config.tie_word_embeddings:
-            state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
+            state["lm_head.weight"] = tied = state["model.language_model.embed_tokens.weight"]
+            if "lm_head.weight" in where:                 # stored beside it: then it must be the same
+                with safe_open(where["lm_head.weight"][0], framework="pt") as f:
+                    if not torch.equal(f.get_tensor("lm_head.weight").to(tied), tied):
+                        raise ValueError(f"{folder} has tie_word_embeddings, but an lm_head.weight other than its embeddings")
         model.load_state_dict(state, assign=True)
         if config.tie_word_embeddings:                    # assign made two Parameters of one tensor
             model.lm_head.weight = model.model.language_model.embed_tokens.weight

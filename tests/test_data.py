@@ -280,6 +280,9 @@ READ = [                                                     # row, messages, im
                                                                 {"from": "gpt", "value": "A"}]},
      [Q, turn("assistant", "A")], ["p.png"], None, None),
     ({"conversations": [{"from": "human", "value": "Q"}]}, [turn("user", "Q")], [], None, None),
+    ({"images": ["p.png"], "system": "S", "conversations": [{"from": "human", "value": "<image>Q"}],     # LLaMA-Factory
+      "chosen": {"from": "gpt", "value": "A"}, "rejected": {"from": "gpt", "value": "B"}},
+     [turn("system", "S"), Q], ["p.png"], A, [text("B")]),
     ({"image": "p.png", "question": "<image>\nQ", "chosen": "A", "rejected": "B"},
      [Q], ["p.png"], A, [text("B")]),
     ({"image": "p.png", "question": "Q", "chosen": "A", "rejected": "B"}, [Q], ["p.png"], A, [text("B")]),
@@ -324,7 +327,7 @@ READ = [                                                     # row, messages, im
 @pytest.mark.parametrize("row, messages, images, chosen, rejected", READ)
 def test_every_format_is_read_as_published(tmp_path, row, messages, images, chosen, rejected):
     listed = tmp_path / "list.json"
-    listed.write_text(json.dumps([row]))
+    listed.write_text("\ufeff" + json.dumps([row]))      # some editors begin with a byte-order mark
     lines = read_jsonl(write(tmp_path / "t.jsonl", "", {"text": "é" * 50}, "  ", row))
     for read in (lines[1], read_jsonl(listed)[0]):
         assert read.messages == messages and read.images == [str(tmp_path / image) for image in images]
@@ -346,12 +349,30 @@ def test_every_format_is_read_as_published(tmp_path, row, messages, images, chos
     ({"conversations": [{"from": "human", "value": "Q"}], "image": "p"}, "0 image markers, and 1 images"),
     ({"conversations": [{"from": "bot", "value": "Q"}]}, "'bot'"), ({"text": 3}, "neither text nor image"),
     ('{"text": "a \\ud83d b"}', "not Unicode"),
+    ({"text": "a cat", "images": ["p.png"]}, "images or videos that its format has no place for"),
+    ({"conversations": [{"from": "human", "value": "<video>Q"}], "videos": ["v"]}, "images or videos"),
+    ({"prompt": "<image>Q", "chosen": [{"role": "user", "content": "<image>Q"}, {"role": "assistant", "content": "A"}],
+      "rejected": [{"role": "user", "content": "<image>Q"}, {"role": "assistant", "content": "B"}]}, "but has <image>"),
+    ({"messages": [turn("user", "Q")], "chosen": "A"}, "one of chosen and rejected without the other"),
+    ({"messages": [turn("user", "Q")], "chosen": [turn("assistant", "A")], "rejected": "B"}, "answer that is not text"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "neither text nor image"),
     ({"text": "not json", "image": "p"}, "malformed"), ({"messages": "Q"}, "malformed")])
 def test_a_bad_line_is_one_sentence_with_file_and_line(tmp_path, row, complaint):
     lines = read_jsonl(write(tmp_path / "t.jsonl", {"text": "fine"}, "", row))
     assert len(lines) == 2 and lines[0].messages[0]["content"] == [text("fine")]
     with pytest.raises(BadSample, match=f"^t.jsonl line 3 .*{complaint}.*\\.$"):
         lines[1]
+
+
+def test_check_names_what_training_would_refuse(tmp_path, capsys):
+    Image.new("RGB", (3000, 10)).save(tmp_path / "wide.png")
+    Image.new("RGB", (30, 10)).save(tmp_path / "good.png")
+    rows = [dict(image=f"{name}.png", question="Q", answer="A") for name in ("wide", "good", "none")]
+    path = write(tmp_path / "t.jsonl", *rows, {"messages": [turn("user", "Q")]})
+    assert data.check(path) == 3
+    said = capsys.readouterr().out
+    assert "t.jsonl line 1" in said and "a ratio above 200" in said and "t.jsonl line 3" in said and "is missing" in said
+    assert "line 4 ends without an answer" in said and f"{path}: 4 samples, of which 3 cannot be used." in said
 
 
 def test_parquet_becomes_jsonl_and_image_files(tmp_path):

@@ -720,7 +720,7 @@ def test_a_bad_sample_is_one_sentence_with_file_and_line(teacher, tmp_path, monk
 
 @pytest.mark.parametrize("flags, says", [
     (dict(stages="10/30"), "--stages 10/30"), (dict(stages="10/30/70"), "sum to 100"),
-    (dict(stages="nan/30/60"), "--stages"), (dict(stages="-10/50/60"), "--stages"), (dict(tokens=200), "--tokens 200 is less than the 300"),
+    (dict(stages="nan/30/60"), "--stages"), (dict(stages="10/x/30/60"), "--stages"), (dict(stages="-10/50/60"), "--stages"), (dict(tokens=200), "--tokens 200 is less than the 300"),
     (dict(k=101), "--k 101"), (dict(tau=0), "--tau 0"), (dict(save_every=0), "--save-every 0"), (dict(cond="c9"), 2),
     (dict(keep_every=1), "--keep-every 1"), (dict(keep_every=9), "keep_every 9"),
     (dict(data="d.jsonl", suite="reading", dry_run=True), "--suite and --page"), (dict(density_cache="x"), "need --data"),

@@ -9,8 +9,10 @@ import importlib.abc
 import importlib.machinery
 import json
 import random
+import shutil
 import string
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -635,10 +637,47 @@ def test_an_interrupted_evaluation_asks_only_what_is_left(folder, tmp_path, monk
     E.main([*flags, str(tmp_path / "b"), "--resume"])
     assert [s.id for s in asked] == [json.loads(line)["id"] for line in lines[8:]] and len(asked) == 4
     assert (tmp_path / "b" / file.name).read_text() == whole
-    with pytest.raises(SystemExit, match="an answer to another question than reading asks here"):
-        E.main([*flags, str(tmp_path / "b"), "--resume", "--seed", "3"])
+    for other in (["--seed", "3"], ["--max-new-tokens", "4"], ["--dtype", "bfloat16"]):
+        with pytest.raises(SystemExit, match="an answer to another question, or of other weights or settings"):
+            E.main([*flags, str(tmp_path / "b"), "--resume", *other])
+    with pytest.raises(SystemExit, match="holds answers to reasoning too"):
+        E.main([*flags, str(tmp_path / "b"), "--resume", "--bench", "reading"])
+    assert (tmp_path / "b" / file.name).read_text() == whole
     E.main([*flags, str(tmp_path / "b")])                 # without the flag everything is asked anew
     assert len(asked) == 16
+
+
+def test_what_would_mislead_is_refused_before_it_is_answered(folder, tmp_path, capsys):
+    other = shutil.copytree(folder, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer, indent=1))
+    for flags in ([folder, other], [folder, folder], [folder, tmp_path / "none"], [folder, "--n", "0"],
+                  [folder, "--batch-size", "0"], [folder, "--bench", "reading", "--bench", "reading"],
+                  [folder, "--bench", f"docvqa_val={tmp_path}/empty.jsonl"], [folder, "--rescore", "a", "a"]):
+        (tmp_path / "empty.jsonl").write_text("\n")
+        with pytest.raises(SystemExit) as stop:
+            E.main([*map(str, flags), "--out", str(tmp_path / "out")])
+        assert stop.value.code == 2 or isinstance(stop.value.code, str)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_are_made_what_the_metrics_read(tmp_path):
+    """One accepted answer as a string; a page that a camera turned; what cannot be scored."""
+    image = Image.new("RGB", (80, 64))
+    exif = image.getexif()
+    exif[0x0112] = 6                                      # stored on its side
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    row = {"questionId": 1, "question": "?", "answers": "milk", "image": "turned.jpg"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"answers": None}) + "\n")
+    questions = E.file_questions("docvqa_val", str(tmp_path / "rows.jsonl"), None)
+    record, sample = next(questions)
+    assert sample.images[0].size == (64, 80)
+    assert E.judged({**record, "answer": "i"})["score"] == 0 and E.judged({**record, "answer": "milk"})["score"] == 1
+    with pytest.raises(ValueError, match="rows.jsonl#1 is no question of docvqa_val"):
+        next(questions)
+    begin = time.process_time()
+    benchmarks.fields_of("a" + " " * 3000 + "b")          # a pattern that goes back once too often takes minutes
+    assert time.process_time() - begin < 20
 
 
 def test_what_cannot_be_read_is_named(tmp_path, capsys):

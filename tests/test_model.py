@@ -214,11 +214,14 @@ def test_every_fault_of_a_checkpoint_is_named_in_one_error(teacher, tmp_path):
         assert words in str(error.value)
 
 
-def test_a_head_stored_beside_tied_embeddings_is_tolerated(tmp_path):
+def test_a_head_stored_beside_tied_embeddings_must_equal_them(tmp_path):
     from safetensors.torch import load_file, save_file
     _, ours = make_pair(tmp_path, tie=True)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({**tensors, "lm_head.weight": torch.zeros(200, 64)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="an lm_head.weight other than its embeddings"):
+        Qwen3VL.from_pretrained(tmp_path)
+    save_file({**tensors, "lm_head.weight": ours.lm_head.weight.detach().clone()}, tmp_path / "model.safetensors")
     assert torch.equal(Qwen3VL.from_pretrained(tmp_path).lm_head.weight, ours.lm_head.weight)
 
 
@@ -592,6 +595,8 @@ def test_a_hybrid_keeps_some_attention_and_replaces_some(teacher, own_mixer):
         with pytest.raises(ValueError, match=f"keep_every {keep_every} on 4 layers"):
             to_hybrid(teacher, own_mixer, keep_every)
     assert to_hybrid(teacher, own_mixer, 2).config.hybrid["layers"] == [0, 2]
+    with pytest.raises(ValueError, match="a hybrid already"):
+        to_hybrid(to_hybrid(teacher, own_mixer, 2))
     for spec in ("mamba3", "nowhere.py:Mixer"):
         with pytest.raises(ValueError, match=f"no mixer '{spec}'"):
             to_hybrid(teacher, spec)
