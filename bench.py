@@ -453,7 +453,7 @@ def timed(tasks, rounds, device):
 
 
 def train(opt):
-    """A step's time by condition and stage, in one process by turns, and the density weights' own."""
+    """A step's time by condition and stage, in one process, in turn, and the density weights' own."""
     teacher, batch = build(opt.folder, opt), world_batch(opt.folder, opt.tokens).to(opt.device)
     steps, table = {cond: stepper(opt, teacher, cond) for cond in PAPER}, {}
     tasks = {(c, n): partial(steps[c], batch, n) for n in SHARES for c in PAPER if (n < 3) == (c != "c1")}
@@ -585,7 +585,8 @@ def their_trainer(opt, their_scan):
         with torch.no_grad():
             t = teacher(**both)
         if stage < 3:
-            error = [distill.drift(student.model.language_model.layers[i](seen[i][0], position_embeddings=None), seen[i][1])
+            layers = student.model.language_model.layers
+            error = [distill.drift(layers[i](seen[i][0], position_embeddings=None), seen[i][1])
                      for i in S]
             loss = torch.stack(error).mean(0)[batch.mask].mean()
         else:
@@ -797,7 +798,7 @@ def scanner(opt, row, chunk):
 
 
 def scan(opt):
-    """Forward and backward by turns: the least time, and the memory that a run adds to its inputs."""
+    """Forward and backward, peers in turn: the least time, and the memory that a run adds to its inputs."""
     if opt.growth:
         sizes = {2 ** k: scan_inputs(2 ** k, opt) for k in range(12, 18)}
         times = timed({T: partial(there_and_back, own(None), args, torch.ones_like(args[0]))

@@ -213,10 +213,11 @@ class Processor:
     """Reads tokenizer.json, config.json and, if it is there, preprocessor_config.json of a model's folder.
 
     Pixels are bit-identical to transformers' Qwen2VLImageProcessorPil and ids equal Qwen3VLProcessor's, with
-    three exceptions made on purpose. What is transparent shows white, not what lies under it. Text is text: a literal "<|im_end|>" in a message is spelled out and never
-    becomes the special token. And an answer is tokenised on its own, so that the tokens of the prompt (which
-    ends in "<|im_start|>assistant\\n") are a prefix of those of prompt and answer, whatever the answer; this
-    differs only if the answer begins with white space that has a line break in it."""
+    three exceptions made on purpose. What is transparent shows white, not what lies under it. Text is text: a
+    literal "<|im_end|>" in a message is spelled out and never becomes the special token. And an answer is tokenised
+    on its own, so that the tokens of the prompt (which ends in "<|im_start|>assistant\\n") are a prefix of those of
+    prompt and answer, whatever the answer; this differs only if the answer begins with white space that has a line
+    break in it."""
 
     def __init__(self, folder, max_visual_tokens=MAX_VISUAL_TOKENS, max_tokens=MAX_TOKENS,
                  max_text_tokens=MAX_TEXT_TOKENS):
@@ -517,7 +518,8 @@ def read_vlfeedback(row):
             rated.append((sum(marks) / len(marks), -k, answer["response"]))
     if not rated or max(rated)[0] == min(rated)[0]:
         raise NoPreference("has no answer that is rated better than another")
-    return read_mmpr({"question": row.get("prompt") or row["instruction"], "image": row.get("image") or row.get("img_path"),
+    return read_mmpr({"question": row.get("prompt") or row["instruction"],
+                      "image": row.get("image") or row.get("img_path"),
                       "chosen": max(rated)[2], "rejected": min(rated)[2]})
 
 
@@ -558,8 +560,8 @@ def read_choices(row):
     options = [f"{chr(65 + i)}. {option}" for i, option in enumerate(row["options"])]
     if not 0 <= (right := int(row["answer"])) < len(options):
         raise ValueError(f"the answer {row['answer']} is none of {len(options)} options")
-    return asked(row, "\n".join([row["question"], *options, "Answer with the option's letter from the given choices directly."]),
-                 chr(65 + right))
+    hint = "Answer with the option's letter from the given choices directly."
+    return asked(row, "\n".join([row["question"], *options, hint]), chr(65 + right))
 
 
 def read_chartqa(row):
@@ -716,7 +718,7 @@ class Mixture:
         which = bisect.bisect_right(self.ends, slot)
         name, n = self.names[which], len(self.sources[self.names[which]])
         drawn = epoch * self.quota[which] + slot - (self.ends[which] - self.quota[which])
-        turn, position = divmod(drawn, n)                                   # the source's how-manieth round
+        turn, position = divmod(drawn, n)                                   # the source's round, from 0
         return name, int(order(n, self.seed + 1000 * (which + 1), turn)[position])
 
     def __getitem__(self, index):

@@ -573,7 +573,8 @@ def main():
     from model import Qwen3VL, device_of, dtype_of
     device = device_of()
     try:
-        teacher, processor = Qwen3VL.from_pretrained(args.teacher, dtype_of(args.dtype, device), device), Processor(args.teacher)
+        teacher = Qwen3VL.from_pretrained(args.teacher, dtype_of(args.dtype, device), device)
+        processor = Processor(args.teacher)
         if args.images:
             draw_files(args.images, teacher, processor, args.out)
         if args.cache:

@@ -446,12 +446,13 @@ class Chart:
 def draw_charts(results, path):
     """A to C: Fig. 3 with its inset. D: B with single positions. E: drift by layer. F: B.3."""
     sheet, importance = Image.new("RGB", (2240, 2460), "white"), results["importance"]
-    tenth, fall = "tenth of the visual positions, 1 the least dense, {} pages", "fall of the teacher's answer score as it is hidden, nats per token"
+    tenth = "tenth of the visual positions, 1 the least dense, {} pages"
+    fall, mean = "fall of the teacher's answer score as it is hidden, nats per token", "the teacher's mean and 95 % interval"
     for cell, title, what, figures in (
             ((0, 0), "A  Residual drift", "mean length of student minus teacher, all layers; band: 95 % interval",
              {results["student"]: results["drift"]} | results["drift_of_others"]),
-            ((0, 1), "B  Importance of a tenth", fall, {"the teacher's mean and 95 % interval": importance["together"]}),
-            ((1, 1), "D  Importance of one position", fall, {"the teacher's mean and 95 % interval": importance.get("alone")})):
+            ((0, 1), "B  Importance of a tenth", fall, {mean: importance["together"]}),
+            ((1, 1), "D  Importance of one position", fall, {mean: importance.get("alone")})):
         figures = {name: v for name, v in figures.items() if v}
         if figures:
             colours = dict(zip(figures, (RED, BLUE, GREEN, OCHRE) * len(figures)))
@@ -466,7 +467,8 @@ def draw_charts(results, path):
     main = results["regression"]["all positions and layers"]
     rows, theirs = [*main["unique"].values(), main["joint"]], [float(v.split()[0]) for v in PAPER.values()]
     chart = Chart(sheet, (1, 0), "C  What explains drift", "share of its variance (semi-partial R squared)",
-                  "predictor", (0.4, 5.6), dict(enumerate(["density", "token type", "layer depth", "attention", "all four"], 1)),
+                  "predictor", (0.4, 5.6),
+                  dict(enumerate(["density", "token type", "layer depth", "attention", "all four"], 1)),
                   [*np.ravel(rows), *theirs], {"here, 95 % interval": RED, "the paper": PALE})
     for i, (row, paper) in enumerate(zip(rows, theirs), 1):
         chart.bar(i - 0.34, i - 0.02, row[0], RED, row[1:])
@@ -475,8 +477,8 @@ def draw_charts(results, path):
     lines = results["drift_by_layer"]
     L, colours = len(lines["text"]), dict(zip(lines, (RED, BLUE, GREEN)))
     names = {i: f"{i}" + "*" * (i - 1 not in results["replaced"]) for i in range(1, L + 1, math.ceil(L / 18))}
-    chart = Chart(sheet, (2, 0), f"E  Residual drift of {results['student']} by layer", "mean length of student minus teacher",
-                  "layer (* keeps attention)", (0.5, L + 0.5), names, np.ravel([*lines.values()]), colours)
+    chart = Chart(sheet, (2, 0), f"E  Residual drift of {results['student']} by layer",
+                  "mean length of student minus teacher", "layer (* keeps attention)", (0.5, L + 0.5), names, np.ravel([*lines.values()]), colours)
     for name, ys in lines.items():
         chart.line(ys, colours[name])
 
@@ -545,7 +547,8 @@ def load(a):
 
 def pages(a, processor):
     """Samples with an answer and at least ten visual tokens, for a decile must hold one: (Encoded, first image, its
-    last question and answer). In the embedded world half are for reading and half for reasoning, from a seed that evaluate.py does not ask about."""
+    last question and answer). In the embedded world half are for reading and half for reasoning, from a seed that
+    evaluate.py does not ask about."""
     if a.data:
         data = read_data(a.data)
         samples = (data[i] for i in range(len(data)))
@@ -576,7 +579,7 @@ def main(arguments=None):
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on cuda, else float32")
     p.add_argument("--out", type=Path, default=Path("results/diagnose"))
     a = p.parse_args(arguments)
-    try:                                                  # what the user can mend is said in one sentence
+    try:                                                  # user errors end in a sentence, not a traceback
         if a.images < 2 or a.alone < 0:
             raise ValueError(f"--images must be at least 2 and --alone at least 0, but are {a.images} and {a.alone}")
         teacher, students, processor = load(a)

@@ -87,7 +87,8 @@ class DistillSettings(Settings):
     stage3: str = setting("mixers", "what Stage 3 trains: 4.1 says the full model, C.3 only mixers (ledger 5)",
                           ["mixers", "full"])
     schedule: str = setting("whole", "one cosine over the whole budget, or one per stage (ledger 13)", ["whole", "stage"])
-    kl: str = setting("answers", "positions of the KL term: supervised ones, or all that predict text, which then divide both terms (ledger 11)",
+    kl: str = setting("answers", "positions of the KL term: supervised ones, or all that predict text; their number divides both "
+                     "terms (ledger 11)",
                       ["answers", "text"])
     lambda_kl: float = setting(1.0, "Eq. 1", low=0)
     lambda_ce: float = setting(0.1, "Eq. 1", low=0)
@@ -96,12 +97,14 @@ class DistillSettings(Settings):
     minmax: str = setting("all", "normalise before or after the text value enters (ledger 7)", ["all", "visual"])
     density_cache: str = setting("", "file that `density.py --cache` wrote for this data and teacher; for conditions with "
                                      "gradient weights, that --write-cache wrote")
-    write_cache: str = setting("", "only write the condition's gradient weights to this file, for later runs (B.2)", decides=False)
+    write_cache: str = setting("", "only write the condition's gradient weights to this file, for later runs (B.2)",
+                               decides=False)
     suite: str = setting("", "of the embedded world to train on; empty: its mixture",
                          ["", "reading", "reasoning", "regimes"])
     page: int = setting(10, "cells on a side of the embedded world's pages; a cell is a visual token", low=7)
     k: float = setting(25.0, "per cent of positions that the topk and random weights raise (A.8)", low=0, high=100)
-    questions: int = setting(256, "evaluation questions a suite at the end, on the embedded world; 0: none", low=0, decides=False)
+    questions: int = setting(256, "evaluation questions a suite at the end, on the embedded world; 0: none", low=0,
+                             decides=False)
 
 
 DEFAULTS = {                    # embedded world, real data (Table 11)
@@ -281,7 +284,7 @@ class Distillation:
                 return self.weigh(torch.cat(found).to(batch.ids.device), visual, batch.mask)
             w = [self.weigh(layer[batch.mask], visual, batch.mask) for layer in self.scores(batch, e)]
             return w[0] if len(w) == 1 else torch.stack(w)
-        if self.cache and vision is not None:             # the tower's density of another day
+        if self.cache and vision is not None:             # density from the cache
             found = [self.cache.record(*key) if key[2] is not None else None for key in batch.keys]
             rho = torch.cat([f.values for f in found if f]).to(rho.device)
             options = dict(means=torch.tensor([f.mean if f else 0.0 for f in found], device=rho.device))
@@ -333,7 +336,7 @@ class Distillation:
 
 
 def contents(batch, b):
-    """sha256 (hex) of what row b's scores hang on besides the model: its images, token ids and labels."""
+    """sha256 (hex) of what row b's scores depend on besides the model: its images, token ids and labels."""
     real = batch.mask[b].cpu()
     rows = torch.stack([batch.ids[b].cpu()[real], batch.labels[b].cpu()[real]])
     return hashlib.sha256((batch.keys[b][1] or "").encode() + rows.numpy().tobytes()).hexdigest()
@@ -464,7 +467,7 @@ def dry_run(s):
 def main(argv=None):
     s = parse(DistillSettings, DEFAULTS, argv, __doc__.split("\n")[0])
     s.out = s.out or f"out/{s.cond}"
-    try:                                                  # what the user can mend is said in one sentence
+    try:                                                  # user errors end in a sentence, not a traceback
         check(s)
         if s.dry_run:
             return dry_run(s)

@@ -178,7 +178,8 @@ def evaluate_models(models, processor, n=None, benches=None, seed=0, batch_size=
             raise ValueError(f"{path} has no row")
     held = {name: kept_answers(keep / f"answers-{name}.jsonl") if resume else [] for name in models}
     if strange := {r["benchmark"] for records in held.values() for r in records} - set(benches):
-        raise ValueError(f"{keep} holds answers to {', '.join(sorted(strange))} too: ask for all of it, or choose another --out")
+        raise ValueError(f"{keep} holds answers to {', '.join(sorted(strange))} too: ask for all of it, or choose another "
+                         "--out")
     for model_name, model in models.items():
         stamp = "" if isinstance(model, torch.nn.Module) else weights_of(model, dtype)
         if not isinstance(model, torch.nn.Module):
@@ -374,8 +375,8 @@ def part_table(s):
 
 def gallery(results, path, k=8):
     """Writes a picture like Fig. 6: up to k questions on which the models differ; image, question, gold, and each
-    model's answer in green or red. Every way of differing has its turn, lest one student look worse than another;
-    those ways come first in which the first model (the teacher) is right."""
+    model's answer in green or red. They are drawn evenly from the ways of differing, lest one student look worse than
+    another; those ways come first in which the first model (the teacher) is right."""
     models, right, wrong, ways = list(results), (24, 118, 60), (186, 36, 36), {}
     for row in zip(*results.values()):
         scores = tuple(record["score"] for record in row)
@@ -435,7 +436,8 @@ def lmms_eval_manifest():
             self.model = Qwen3VL.from_pretrained(pretrained, dtype=getattr(torch, dtype), device=device)
             self.processor = full_processor(pretrained)
             # The stock chat model looks at images in full; the simple one (--force_simple) at 1.6 megapixels.
-            usual = (256 * 28 * 28, 1605632) if self.is_simple else [n * self.processor.factor ** 2 for n in HARNESS_TOKENS]
+            usual = (256 * 28 * 28, 1605632) if self.is_simple else [
+                n * self.processor.factor ** 2 for n in HARNESS_TOKENS]
             self.processor.min_pixels, self.processor.max_pixels = (
                 int(given or n) for given, n in zip((min_pixels, max_pixels), usual))
 
@@ -645,7 +647,7 @@ def main(arguments=None):
         results = evaluate_models(dict(zip(names, a.models)), full_processor(a.models[0]), a.n, benches, a.seed,
                                   a.batch_size, a.max_new_tokens, device, dtype_of(a.dtype, device), a.out,
                                   a.page, a.resume)
-    except (BadSample, ValueError, OSError) as error:      # what the user can mend is said in one sentence
+    except (BadSample, ValueError, OSError) as error:      # user errors end in a sentence, not a traceback
         sys.exit(str(error))
     report(results, a.out)
 

@@ -8,7 +8,7 @@ An objective is anything with
 
 and `run` trains it over a token budget. Sums and counts are added over micro-batches and ranks before they are
 divided, so neither accumulation nor the number of processes changes a step. A run that was killed goes on from its last
-checkpoint with the same command, on CPUs to the same bits: the order of the data, dropout and the log hang on (seed,
+checkpoint with the same command, on CPUs to the same bits: the order of the data, dropout and the log depend on (seed,
 step) alone. Processes come from torchrun; one process needs none.
 """
 import argparse
@@ -56,11 +56,13 @@ class Settings:
     seed: int = setting(0, "of the initialisation, the order of the data, and dropout", low=0)
     save_every: int = setting(50, "steps between checkpoints; stage borders are saved too", low=1, decides=False)
     workers: int = setting(0, "processes that read data ahead", low=0, decides=False)
-    threads: int = setting(0, "CPU threads of a process; 0: the cores divided among this node's processes", low=0, decides=False)
+    threads: int = setting(0, "CPU threads of a process; 0: the cores divided among this node's processes", low=0,
+                           decides=False)
     device: str = setting("", "cuda or cpu; empty: cuda where there is one", decides=False)
     dtype: str = setting("", "of frozen weights and activations; empty: bfloat16 on cuda, else float32",
                          ["", "bfloat16", "float32", "float64"])
-    shard: bool = setting(False, "split the decoder's weights and optimiser state among the devices (FSDP2)", decides=False)
+    shard: bool = setting(False, "split the decoder's weights and optimiser state among the devices (FSDP2)",
+                          decides=False)
     recompute: bool = setting(False, "recompute layers in the backward pass wherever one graph passes them all (not in "
                               "Stages 1/2 fed the teacher's stream): less memory, a third more time", decides=False)
     skip_bad: bool = setting(False, "leave out unusable samples, up to 0.1 % (or ten), instead of stopping")
@@ -123,7 +125,7 @@ def start(s):
     device = torch.device(kind, int(env.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    s.dtype = s.dtype or str(dtype_of(s.dtype, device)).removeprefix("torch.")               # also of what stays on the CPU
+    s.dtype = s.dtype or str(dtype_of(s.dtype, device)).removeprefix("torch.")    # also of what stays on the CPU
     ranks = Ranks(int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), device)
     if ranks.world > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo",
@@ -327,8 +329,8 @@ def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
     bar = tqdm(total=s.tokens, initial=tokens, unit=" tokens", unit_scale=True, disable=ranks.rank > 0,
                smoothing=0.1, dynamic_ncols=True)
     # Without its cache of cast weights, which would keep a whole copy of what is sharded until the context ends.
-    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=dtype_of(s.dtype, ranks.device) == torch.bfloat16,
-                              cache_enabled=not s.shard)
+    half = dtype_of(s.dtype, ranks.device) == torch.bfloat16
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=half, cache_enabled=not s.shard)
 
     def save():
         values = {n: whole(p.detach(), ranks) for n, p in named.items()}
@@ -403,7 +405,8 @@ def needs(s, folder, frozen, trained, drifts=0):
     width, world = dtype_of(s.dtype, device).itemsize, int(os.environ.get("WORLD_SIZE", 1)) if s.shard else 1
 
     def share(named):                                     # of the parameters that one device holds
-        return sum(p.numel() / (world if re.search(r"language_model.*\.(self_attn|mlp)\.", n) else 1) for n, p in named.items())
+        return sum(p.numel() / (world if re.search(r"language_model.*\.(self_attn|mlp)\.", n) else 1)
+                   for n, p in named.items())
     # Bytes kept for the backward pass, a layer and position: norm inputs, what the mixer's linear layers, convolution
     # and scan read, the MLP's gate and up (and their product where it trains), what adapters dropped out. In bf16, what
     # norms read is fp32; where embeddings train, the stream too, and every linear layer keeps a cast of its own.

@@ -689,7 +689,8 @@ class Qwen3VL(nn.Module):
             if "lm_head.weight" in where:                 # stored beside it: then it must be the same
                 with safe_open(where["lm_head.weight"][0], framework="pt") as f:
                     if not torch.equal(f.get_tensor("lm_head.weight").to(tied), tied):
-                        raise ValueError(f"{folder} has tie_word_embeddings, but an lm_head.weight other than its embeddings")
+                        raise ValueError(f"{folder} has tie_word_embeddings, but an lm_head.weight other than its "
+                                         "embeddings")
         model.load_state_dict(state, assign=True)
         if config.tie_word_embeddings:                    # assign made two Parameters of one tensor
             model.lm_head.weight = model.model.language_model.embed_tokens.weight

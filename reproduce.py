@@ -154,7 +154,9 @@ def differences(theirs, ours):
 def refuse_stale(results):
     for file in sorted(results.glob("*-seed*.json")):
         stored = json.loads(file.read_text())
-        if stored["run"] in FLAGS and (changed := differences(stored["settings"], settings_of(stored["run"], stored["seed"]))):
+        if stored["run"] not in FLAGS:
+            continue
+        if changed := differences(stored["settings"], settings_of(stored["run"], stored["seed"])):
             sys.exit(f"{file.name} was made under other settings ({', '.join(changed)}): remove it to run it again")
 
 
@@ -285,7 +287,8 @@ def draw_where(groups, path):
                 whisker = [zero + (mean - error) * scale, y + 8, zero + (mean + error) * scale, y + 8]
                 pen.line(whisker, fill="white", width=4)
                 pen.line(whisker, fill=ink, width=2)
-            pen.text((742, y), spread(mean, error, "+") + told_apart(mean, error, len(values)).replace("†", "*") + f"  ({len(values)})", fill=ink, font=font, anchor="ra")
+            mark = told_apart(mean, error, len(values)).replace("†", "*")       # the font has no dagger
+            pen.text((742, y), f"{spread(mean, error, '+')}{mark}  ({len(values)})", fill=ink, font=font, anchor="ra")
         y += 8
     pen.line([zero, 30, zero, y + 14], fill=ink)
     pen.text((742, 10), "points (seeds); * not 0", fill=ink, font=font, anchor="ra")
@@ -391,9 +394,10 @@ def write(results):
             lines.append(f"| {name} | {len(marks[name])} | {' | '.join(cells)} |")
         lines.append("")
     if again := repeated(results, runs):
-        lines += ["## The same runs once more", "", "Same command and seed (`--again`). On the same kind of CPU they repeat to the "
-                  "bit; where vector instructions differ, sums are taken in another order, and training magnifies the last "
-                  "bit. That part of every difference above is no property of a condition or a seed.", "", "| run | seed | reading, again | reasoning, again |",
+        lines += ["## The same runs once more", "", "Same command and seed (`--again`). On the same kind of CPU they "
+                  "repeat to the bit; where vector instructions differ, sums are taken in another order, and training "
+                  "magnifies the last bit. That part of every difference above is no property of a condition or a seed.",
+                  "", "| run | seed | reading, again | reasoning, again |",
                   "|---|---|---|---|", *again, ""]
     if groups := where(marks):
         draw_where(groups, HERE / "docs" / "where.png")

@@ -380,7 +380,7 @@ def main(argv=None):
     s.out = s.out or f"out/{Path(s.model).name.removesuffix('-sft')}-{argv[0]}"
     if Path(s.out).resolve() == Path(s.model).resolve():
         sys.exit(f"--out {s.out} is the folder of --model: choose another")
-    try:                                                  # what the user can mend is said in one sentence
+    try:                                                  # user errors end in a sentence, not a traceback
         if s.dry_run:
             return dry_run(s, phase)
         ranks = start(s)
