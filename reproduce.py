@@ -254,7 +254,7 @@ def where(marks):
             "reading, by visual tokens of a page": ((49, "-page7"), (100, ""), (196, "-page14")),
             "reading, by share of layers that keep attention": (("1 of 2", "-keep2"), ("1 of 4", ""), ("1 of 8", "-keep8"))}
     for group, ends in axes.items():
-        groups[group] = {f"{name},000" if "budget" in group else str(name): gains(
+        groups[group] = {f"{1000 * name:,}" if "budget" in group else str(name): gains(
             f"c4{end}", f"c3{end}", lambda m: scores(m)["reading"] / 100) for name, end in ends}
     groups["where density misranks (trained on such pages)"] = {
         f: gains("c4-regimes", "c3-regimes", lambda m: np.mean([int(c) for c in m[f]])) for f in REGIMES["regimes"]}
