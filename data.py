@@ -756,7 +756,10 @@ def read_data(path):
         with open(path, encoding="utf-8-sig") as file:
             if file.read(64).lstrip().startswith("{"):
                 return read_recipe(path)
-    return JSONL(path)
+    data = JSONL(path)
+    if not len(data):
+        raise ValueError(f"{path} holds no sample.")
+    return data
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -247,7 +247,8 @@ class Distillation:
     def is_new(self, name):
         """Whether a mixer's parameter is new (W_G, W_gamma, A, conv, ...) or inherited from attention."""
         layer, inner = name.split("layers.")[1].split(".self_attn.")
-        return not inner.startswith(tuple(self.student.layers[int(layer)].self_attn.INHERITED))
+        inherited = self.student.layers[int(layer)].self_attn.INHERITED
+        return not any(inner == name or inner.startswith(name + ".") for name in inherited)
 
     def stage(self, progress):
         """The stage (1, 2, 3) at this share of the budget, and the shares at which it begins and ends."""

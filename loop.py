@@ -65,7 +65,7 @@ class Settings:
                           decides=False)
     recompute: bool = setting(False, "recompute layers in the backward pass wherever one graph passes them all (not in "
                               "Stages 1/2 fed the teacher's stream): less memory, a third more time", decides=False)
-    skip_bad: bool = setting(False, "leave out unusable samples, up to 0.1 % (or ten), instead of stopping")
+    skip_bad: bool = setting(False, "leave out unusable samples, up to 0.1 % (or ten), instead of stopping", decides=False)
     dry_run: bool = setting(False, "say what the run would need, and stop", decides=False)
 
 
@@ -222,7 +222,11 @@ def save_checkpoint(out, step, state):
 def load_checkpoint(out, s):
     """The state that `latest` names, or None. Exits when the folder holds a run with other settings."""
     if not (out / "latest").exists():
+        if (out / "config.json").exists():
+            sys.exit(f"{out} holds a model that no run of this script began: choose another --out")
         return None
+    if not (out / (out / "latest").read_text() / "state.pt").is_file():
+        sys.exit(f"{out} has lost its last checkpoint: what is in it cannot be gone on from; choose another --out")
     state = torch.load(out / (out / "latest").read_text() / "state.pt", map_location="cpu", mmap=True, weights_only=True)
     ours = asdict(s)
     theirs = {f.name: f.default for f in fields(s)} | state["settings"]                 # a newer flag had its default
@@ -321,7 +325,7 @@ def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
     if ranks.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         with open(out / "log.jsonl", "a") as f:
-            f.truncate(log_size)                          # lines after the checkpoint are written again
+            f.truncate(min(log_size, f.tell()))           # lines after the checkpoint are written again
     if tokens >= s.tokens:
         return
     plan = Plan(dataset, processor, s.seed, s.batch_tokens, s.micro_tokens, ranks.rank, ranks.world, cursor, bad)
@@ -331,6 +335,8 @@ def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
     # Without its cache of cast weights, which would keep a whole copy of what is sharded until the context ends.
     half = dtype_of(s.dtype, ranks.device) == torch.bfloat16
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=half, cache_enabled=not s.shard)
+
+    barren = 0                                            # steps in a row without anything to learn from
 
     def save():
         values = {n: whole(p.detach(), ranks) for n, p in named.items()}
@@ -366,6 +372,10 @@ def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
                 sums[name] = sums.get(name, 0) + value * batch.weight
         total = ranks.sum(torch.tensor([float(v) for v in sums.values()], dtype=torch.float64, device=ranks.device))
         sums = dict(zip(sums, total.tolist()))
+        barren = 0 if sums["count"] else barren + 1
+        if barren == 20:                                  # broken samples may leave a step without, but not so many
+            sys.exit(f"step {step + 1}: for {barren} steps no sample had anything to learn from (no supervised position, or "
+                     f"pairs without room for their answers){': ' * bool(names)}{', '.join(names[:5])}")
         count = max(sums["count"], 1)
         reduce_gradients(ranks, parameters, count)
         norm = clip_gradients(ranks, parameters, s.clip)

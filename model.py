@@ -692,6 +692,8 @@ class Qwen3VL(nn.Module):
                         raise ValueError(f"{folder} has tie_word_embeddings, but an lm_head.weight other than its "
                                          "embeddings")
         model.load_state_dict(state, assign=True)
+        if lost := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
+            raise ValueError(f"{folder}: {', '.join(lost)} of a mixer are in no file; buffers must be persistent")
         if config.tie_word_embeddings:                    # assign made two Parameters of one tensor
             model.lm_head.weight = model.model.language_model.embed_tokens.weight
         model.folder = Path(folder)

@@ -718,6 +718,28 @@ def test_a_bad_sample_is_one_sentence_with_file_and_line(teacher, tmp_path, monk
     assert "train.jsonl line 4" in said and log(tmp_path / "skips")[-1]["tokens"] >= 2000
 
 
+def test_data_that_teach_nothing_and_folders_of_others_stop_the_run(teacher, tmp_path, monkeypatch):
+    """Questions without an answer; a folder that holds a model; one that lost its checkpoint; an empty file."""
+    asked = [dict(messages=[dict(role="user", content="hi there")]) for _ in range(9)]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    (tmp_path / "empty.jsonl").write_text("\n")
+    few = dict(tokens=4000, batch_tokens=20)
+    for changes, out, words in (
+            (dict(cond="c1", data=str(tmp_path / "asked.jsonl"), **few), "a", "for 20 steps no sample had anything to learn"),
+            (dict(data=str(tmp_path / "empty.jsonl")), "b", "holds no sample"),
+            ({}, "model", "holds a model that no run of this script began")):
+        (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "model" / "config.json").write_text("{}")
+        with pytest.raises(SystemExit) as stop:
+            train(settings(teacher, tmp_path / out, **changes), monkeypatch)
+        assert words in str(stop.value.code)
+    train(settings(teacher, tmp_path / "lost"), monkeypatch)
+    for folder in (tmp_path / "lost").glob("step_*"):
+        shutil.rmtree(folder)
+    with pytest.raises(SystemExit, match="has lost its last checkpoint"):
+        train(settings(teacher, tmp_path / "lost"), monkeypatch)
+
+
 @pytest.mark.parametrize("flags, says", [
     (dict(stages="10/30"), "--stages 10/30"), (dict(stages="10/30/70"), "sum to 100"),
     (dict(stages="nan/30/60"), "--stages"), (dict(stages="10/x/30/60"), "--stages"), (dict(stages="-10/50/60"), "--stages"), (dict(tokens=200), "--tokens 200 is less than the 300"),
