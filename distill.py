@@ -370,6 +370,22 @@ def write_scores(path, objective, processor, dataset):
 # The run: teacher in, student and its report out
 
 
+class Answered:
+    """A corpus whose preference pairs are refused: distillation would learn from the rejected answer too."""
+
+    def __init__(self, data):
+        self.data, self.endless = data, getattr(data, "endless", False)
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        sample = self.data[index]
+        if sample.chosen is not None:
+            raise BadSample(f"{sample.where or sample.id} is a preference pair, which is for `sft_dpo.py dpo` alone.")
+        return sample
+
+
 def convert(s, teacher):
     """The student, whose mixers are fp32 masters; everything else is shared with the teacher and frozen, unless
     --stage3 full gives it an own copy of all but the vision tower."""
@@ -491,7 +507,7 @@ def main(argv=None):
     except (ValueError, OSError, BadSample) as error:
         sys.exit(str(error))
     try:
-        run(s, objective, processor, dataset, ranks)
+        run(s, objective, processor, Answered(dataset) if s.data else dataset, ranks)
     except (BadSample, CacheError) as error:
         sys.exit(str(error))
     if ranks.rank == 0:

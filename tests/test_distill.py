@@ -723,10 +723,13 @@ def test_data_that_teach_nothing_and_folders_of_others_stop_the_run(teacher, tmp
     asked = [dict(messages=[dict(role="user", content="hi there")]) for _ in range(9)]
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     (tmp_path / "empty.jsonl").write_text("\n")
+    pair = dict(messages=[dict(role="user", content="hi")], chosen="a", rejected="b")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
     few = dict(tokens=4000, batch_tokens=20)
     for changes, out, words in (
             (dict(cond="c1", data=str(tmp_path / "asked.jsonl"), **few), "a", "for 20 steps no sample had anything to learn"),
             (dict(data=str(tmp_path / "empty.jsonl")), "b", "holds no sample"),
+            (dict(data=str(tmp_path / "pairs.jsonl")), "c", "pairs.jsonl line 1 is a preference pair"),
             ({}, "model", "holds a model that no run of this script began")):
         (tmp_path / "model").mkdir(exist_ok=True)
         (tmp_path / "model" / "config.json").write_text("{}")
