@@ -52,7 +52,7 @@ import distill  # noqa: E402
 import loop  # noqa: E402
 from data import IGNORED, Plan, Processor, Sample, collate, loader, texts  # noqa: E402
 from mamba2 import ssd  # noqa: E402
-from model import Attention, Config, KVCache, Qwen3VL, device_of, to_hybrid  # noqa: E402
+from model import Attention, Config, KVCache, Qwen3VL, device_of, dtype_of, to_hybrid  # noqa: E402
 from synthdoc import World  # noqa: E402
 
 HERE, GB, ROOM = Path(__file__).parent, 2 ** 30, 256      # ROOM: positions a random cache leaves for decoding
@@ -923,10 +923,10 @@ COMMANDS = {              # command: (function, {flag: (default, what it is)}); 
 
 def parse(argv):
     command = argv[0] if argv and argv[0] in COMMANDS else "contexts"
-    cuda = torch.cuda.is_available()
+    here = device_of()
     model = dict(model=("tiny", "folder of a checkpoint or a config.json, or one of " + ", ".join(SHAPES)),
-                 device=("cuda" if cuda else "cpu", "cuda or cpu"),
-                 dtype=("bfloat16" if cuda else "float32", "of weights and activations"))
+                 device=(here.type, "cuda or cpu"),
+                 dtype=(str(dtype_of("", here)).removeprefix("torch."), "of weights and activations"))
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(f"bench.py {command}", description=__doc__, formatter_class=raw)
     for name, (default, why) in ((model if command not in ("scan", "head") else {}) | COMMANDS[command][1]).items():
@@ -937,6 +937,10 @@ def parse(argv):
     opt = parser.parse_args(argv[1:] if argv[:1] == [command] else argv)
     if getattr(opt, "ssd_minimal", "") and not Path(opt.ssd_minimal).is_file():
         parser.error(f"--ssd-minimal {opt.ssd_minimal}: there is no such file")
+    try:
+        device_of(getattr(opt, "device", "cpu"))
+    except ValueError as error:
+        parser.error(str(error))
     return argparse.Namespace(**{"device": "cpu", **vars(opt), "command": command})
 
 
@@ -945,10 +949,9 @@ def main(argv):
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            device_of(opt.device)
             opt.folder = folder_of(opt.model, scratch) if "model" in opt else ""
         except (OSError, ValueError) as error:
-            sys.exit(str(error) if str(error).startswith("--") else f"--model {opt.model}: {error}")
+            sys.exit(f"--model {opt.model}: {error}")
         record(opt, COMMANDS[opt.command][0](opt))
 
 

@@ -61,6 +61,10 @@ def unwritable(text):
     return any("\ud800" <= c <= "\udfff" for c in text)
 
 
+def is_text(part):
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
 @dataclass
 class Sample:
     """One example. `messages` is [{"role", "content"}] with content a list of {"type": "text", "text": str}
@@ -83,7 +87,7 @@ class Sample:
             if role not in ("system", "user", "assistant", "document"):
                 raise BadSample(f"{where} has the unknown role {role!r}.")
             for part in parts:
-                if part["type"] != "image" and not (part["type"] == "text" and isinstance(part.get("text"), str)):
+                if part["type"] != "image" and not is_text(part):
                     raise BadSample(f"{where} has a content part that is neither text nor image.")
             images += (shown := sum(p["type"] == "image" for p in parts))
             if shown and role in ("system", "assistant"):
@@ -91,7 +95,7 @@ class Sample:
         if (self.chosen is None) != (self.rejected is None):
             raise BadSample(f"{where} has one of chosen and rejected without the other.")
         for part in [*(self.chosen or ()), *(self.rejected or ())]:
-            if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            if not is_text(part):
                 raise BadSample(f"{where} has a chosen or rejected answer that is not text.")
         contents = [m["content"] for m in self.messages] + [self.chosen or [], self.rejected or []]
         if any(unwritable(part.get("text", "")) for content in contents for part in content):

@@ -478,7 +478,8 @@ def draw_charts(results, path):
     L, colours = len(lines["text"]), dict(zip(lines, (RED, BLUE, GREEN)))
     names = {i: f"{i}" + "*" * (i - 1 not in results["replaced"]) for i in range(1, L + 1, math.ceil(L / 18))}
     chart = Chart(sheet, (2, 0), f"E  Residual drift of {results['student']} by layer",
-                  "mean length of student minus teacher", "layer (* keeps attention)", (0.5, L + 0.5), names, np.ravel([*lines.values()]), colours)
+                  "mean length of student minus teacher", "layer (* keeps attention)", (0.5, L + 0.5), names,
+                  np.ravel([*lines.values()]), colours)
     for name, ys in lines.items():
         chart.line(ys, colours[name])
 

@@ -220,6 +220,12 @@ def told_apart(mean, error, n):
     return " †" if error is not None and abs(mean) > T975.get(n - 1, 1.96) * error else ""
 
 
+def difference(values):
+    """Mean and standard error of differences, one per seed, marked where it is told apart from 0."""
+    mean, _, error = mean_error(values)
+    return spread(mean, error, "+") + told_apart(mean, error, len(values))
+
+
 @cache
 def fullness(suite, n):
     """Share of the cells that hold a mark (a character, a digit, a shape), of the first n pages of a suite."""
@@ -287,8 +293,8 @@ def draw_where(groups, path):
                 whisker = [zero + (mean - error) * scale, y + 8, zero + (mean + error) * scale, y + 8]
                 pen.line(whisker, fill="white", width=4)
                 pen.line(whisker, fill=ink, width=2)
-            mark = told_apart(mean, error, len(values)).replace("†", "*")       # the font has no dagger
-            pen.text((742, y), f"{spread(mean, error, '+')}{mark}  ({len(values)})", fill=ink, font=font, anchor="ra")
+            shown = difference(values).replace("†", "*")  # the font has no dagger
+            pen.text((742, y), f"{shown}  ({len(values)})", fill=ink, font=font, anchor="ra")
         y += 8
     pen.line([zero, 30, zero, y + 14], fill=ink)
     pen.text((742, 10), "points (seeds); * not 0", fill=ink, font=font, anchor="ra")
@@ -380,8 +386,7 @@ def write(results):
             if b == "teacher":                            # it has no seed: the same for all
                 second = dict.fromkeys(first if second else (), second.get(0))
             if (shared := sorted(set(first) & set(second))) and later == key and (b != "teacher" or home[a] == key):
-                errors = [mean_error([first[k][c] - second[k][c] for k in shared]) for c in columns]
-                cells = [spread(mean, error, "+") + told_apart(mean, error, len(shared)) for mean, _, error in errors]
+                cells = [difference([first[k][c] - second[k][c] for k in shared]) for c in columns]
                 cells.append(", ".join(f"{v:+g}" for v in paper))
                 lines.append(f"| {a} − {b} | {len(shared)} | {' | '.join(cells)} |")
         lines.append("")
@@ -406,8 +411,7 @@ def write(results):
                   "of their own.", ""]
         for group, rows in groups.items():
             lines += [f"| C4 − C3, points, {group} | seeds | |", "|---|---|---|",
-                      *(f"| {name} | {len(v)} | {spread(mean_error(v)[0], mean_error(v)[2], '+')}"
-                        f"{told_apart(mean_error(v)[0], mean_error(v)[2], len(v))} |" for name, v in rows.items()), ""]
+                      *(f"| {name} | {len(v)} | {difference(v)} |" for name, v in rows.items()), ""]
     path = HERE / "RESULTS.md"                            # what is said in words above the tables is written by hand
     words = path.read_text().split(BELOW)[0] if path.exists() else ""
     path.write_text(words + "\n".join(lines).rstrip() + "\n")
