@@ -31,7 +31,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from benchmarks import BENCHMARKS, EMBEDDED, HARNESS_TOKENS, SYSTEM
+from parts.benchmarks import BENCHMARKS, EMBEDDED, HARNESS_TOKENS, SYSTEM
 from data import BadSample, Processor, Sample, collate
 from model import Config, Qwen3VL, device_of, dtype_of
 

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-import bench
+from paper import bench
 import distill
 import sft_dpo
 from model import Config, KVCache, Qwen3VL, TextConfig, VisionConfig, to_hybrid

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy import stats
 
-import diagnose
+from paper import diagnose
 from data import IGNORED, Processor
 from density import image_densities
-from diagnose import READINGS, Seen, deciles, design, gram, regression, resamples, semi_partial, spearman
+from paper.diagnose import READINGS, Seen, deciles, design, gram, regression, resamples, semi_partial, spearman
 from model import Qwen3VL, to_hybrid
 from synthdoc import World
 
-ROOT = Path(diagnose.__file__).parent
+ROOT = Path(diagnose.__file__).parents[1]
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
-import benchmarks
+from parts import benchmarks
 import evaluate as E
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import reproduce
+from paper import reproduce
 from model import Config, Qwen3VL, TextConfig, VisionConfig, mixer_class, to_hybrid
 
 ROOT = Path(__file__).parents[1]

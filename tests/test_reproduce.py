@@ -7,7 +7,7 @@ import pytest
 from PIL import ImageChops
 from scipy import stats
 
-import reproduce
+from paper import reproduce
 from synthdoc import REGIMES, SUITES, World, blank
 
 
@@ -31,11 +31,11 @@ def commands(tmp_path, monkeypatch):
 
 def test_a_run_brings_what_it_builds_on_and_is_never_repeated(commands, tmp_path):
     reproduce.one("c4-dpo", 3, tmp_path)
-    trained = [(c[0], c[1]) for c in commands if c[0] != "reproduce.py"]
+    trained = [(c[0], c[1]) for c in commands if c[0] != "-m"]
     assert trained == [("distill.py", "--tokens"), ("sft_dpo.py", "sft"), ("sft_dpo.py", "dpo")]
     starts = [c[c.index("--model") + 1].split("/")[-1] for c in commands if "--model" in c]
     assert starts == ["c4-seed3", "c4-sft-seed3"]
-    assert all(c[c.index("--seed") + 1] == "3" for c in commands if c[0] != "reproduce.py")
+    assert all(c[c.index("--seed") + 1] == "3" for c in commands if c[0] != "-m")
     assert sorted(f.name for f in tmp_path.glob("*.json")) == [f"c4{end}-seed3.json" for end in ("-dpo", "", "-sft")]
     reproduce.one("c4", 3, tmp_path)
     reproduce.one("c4-sft", 3, tmp_path)
@@ -54,7 +54,7 @@ def test_flags_of_a_run_come_after_the_common_ones(commands, tmp_path):
     asked = [c[c.index("--judge") + 2:] for c in commands if "--judge" in c]
     assert asked == [["10", "reading", "reasoning"], ["10", "regimes"]] and "regimes" in commands[2]
     reproduce.one("teacher-page14", 0, tmp_path)          # is judged as it is, on pages of that size
-    assert commands[4:] == [["reproduce.py", "--judge", str(tmp_path / "tiny"), "14", "reading", "reasoning"]]
+    assert commands[4:] == [["-m", "paper.reproduce", "--judge", str(tmp_path / "tiny"), "14", "reading", "reasoning"]]
 
 
 def test_a_result_of_other_settings_is_refused(commands, tmp_path, monkeypatch):
@@ -74,11 +74,11 @@ def test_a_result_of_other_settings_is_refused(commands, tmp_path, monkeypatch):
 
 
 def test_the_command_alone_runs_the_whole_programme_and_no_run_twice(commands, tmp_path, monkeypatch):
-    (tmp_path / "results").mkdir()
+    (tmp_path / "paper" / "results").mkdir(parents=True)
     monkeypatch.setattr(reproduce, "where", lambda marks: {})
     monkeypatch.setattr("sys.argv", ["reproduce.py", "--jobs", "1"])
     reproduce.main()
-    made = {f.stem for f in (tmp_path / "results").glob("*.json")}
+    made = {f.stem for f in (tmp_path / "paper" / "results").glob("*.json")}
     every = {name for _, rows in reproduce.TABLES.values() for name in rows}
     assert made == {"teacher-seed0"} | {
         f"{name}-seed{seed}" for name in every
@@ -134,16 +134,16 @@ def test_where_pairs_the_same_questions_of_the_same_seed():
 def test_results_show_each_run_and_each_paired_difference_once(tmp_path, monkeypatch):
     rng, found = np.random.default_rng(2), {}
     monkeypatch.setattr(reproduce, "HERE", tmp_path)
-    (tmp_path / "results").mkdir()
+    (tmp_path / "paper" / "results").mkdir(parents=True)
     for name, suites in (("c3", SUITES), ("c4", SUITES), ("c3-regimes", REGIMES), ("c4-regimes", REGIMES)):
         for seed in range(3):
             marks = {f: "".join(map(str, rng.binomial(1, .5, reproduce.QUESTIONS // len(families))))
                      for families in suites.values() for f in families}
             found[name, seed] = {f: 100 * np.mean(list(map(int, m))) for f, m in marks.items()}
             stored = dict(run=name, flags="", seed=seed, marks=marks)
-            (tmp_path / "results" / f"{name}-seed{seed}.json").write_text(json.dumps(stored))
+            (tmp_path / "paper" / "results" / f"{name}-seed{seed}.json").write_text(json.dumps(stored))
     for _ in range(2):                                    # words above the tables stay, tables are written anew
-        reproduce.write(tmp_path / "results")
+        reproduce.write(tmp_path / "paper" / "results")
         text = (tmp_path / "RESULTS.md").read_text()
         (tmp_path / "RESULTS.md").write_text("Mine.\n" + text.removeprefix("Mine.\n"))
     assert text.startswith("Mine.\n<!--") and text.count("# The tables") == 1
@@ -159,21 +159,21 @@ def test_results_show_each_run_and_each_paired_difference_once(tmp_path, monkeyp
 
 def test_a_repetition_is_kept_apart_and_compared(commands, tmp_path, monkeypatch):
     """The same command into a folder of its own; what changed is summed up as a root mean square."""
-    (tmp_path / "results").mkdir()
+    (tmp_path / "paper" / "results").mkdir(parents=True)
     marks = {f: "1" * 10 for families in SUITES.values() for f in families}
     for seed in (0, 1):
         stored = dict(run="c4", flags="", seed=seed, marks=marks, settings=reproduce.settings_of("c4", seed))
-        (tmp_path / "results" / f"c4-seed{seed}.json").write_text(json.dumps(stored))
+        (tmp_path / "paper" / "results" / f"c4-seed{seed}.json").write_text(json.dumps(stored))
     monkeypatch.setattr(reproduce, "where", lambda marks: {})
     monkeypatch.setattr("sys.argv", ["reproduce.py", "table1", "table8", "--again", "--seeds", "5", "--jobs", "1"])
     reproduce.main()
     outs = [c[c.index("--out") + 1] for c in commands if "--out" in c]
     assert outs == [str(tmp_path / "out" / "again" / f"c4-seed{seed}") for seed in (0, 1)]
-    assert sorted(f.name for f in (tmp_path / "results").glob("*/*.json")) == ["c4-seed0.json", "c4-seed1.json"]
-    stored = json.loads((tmp_path / "results" / "again" / "c4-seed0.json").read_text())
+    assert sorted(f.name for f in (tmp_path / "paper" / "results").glob("*/*.json")) == ["c4-seed0.json", "c4-seed1.json"]
+    stored = json.loads((tmp_path / "paper" / "results" / "again" / "c4-seed0.json").read_text())
     stored["marks"] = marks | {"digits": "1" * 5 + "0" * 5}
-    (tmp_path / "results" / "again" / "c4-seed0.json").write_text(json.dumps(stored))
-    reproduce.write(tmp_path / "results")
+    (tmp_path / "paper" / "results" / "again" / "c4-seed0.json").write_text(json.dumps(stored))
+    reproduce.write(tmp_path / "paper" / "results")
     text = (tmp_path / "RESULTS.md").read_text()
     assert "| c4 | 0 | 100.0, 90.0 | 100.0, 100.0 |" in text and "| c4 | 1 | 100.0, 50.0 | 100.0, 50.0 |" in text
     assert f"| 2 runs | {((10 ** 2 + 50 ** 2) / 2) ** .5:.1f} | {(50 ** 2 / 2) ** .5:.1f} |" in text

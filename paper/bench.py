@@ -55,7 +55,7 @@ from mamba2 import ssd  # noqa: E402
 from model import Attention, Config, KVCache, Qwen3VL, device_of, dtype_of, to_hybrid  # noqa: E402
 from synthdoc import World  # noqa: E402
 
-HERE, GB, ROOM = Path(__file__).parent, 2 ** 30, 256      # ROOM: positions a random cache leaves for decoding
+HERE, GB, ROOM = Path(__file__).parents[1], 2 ** 30, 256      # ROOM: positions a random cache leaves for decoding
 SHAPES = {                # what differs from the embedded teacher's config.json: in text, in vision
     "wide": (dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=16, num_attention_heads=8,
                   num_key_value_heads=2, head_dim=64, mrope_section=[12, 10, 10]), dict(out_hidden_size=512)),
@@ -873,7 +873,7 @@ def plot(opt, panels, w=840, h=560):
             for x, y in (at(*p) for p in line):
                 pen.ellipse((x - 7, y - 7, x + 7, y + 7), INKS[k])
             pen.text((right - 130 * (len(series) - 1 - k), top - 24), name, INKS[k], font, anchor="rs")
-    path = HERE / "results" / f"bench-{opt.command}-{Path(opt.model).name}.png"
+    path = HERE / "paper" / "results" / f"bench-{opt.command}-{Path(opt.model).name}.png"
     path.parent.mkdir(exist_ok=True)
     sheet.resize((w, sheet.height // 2), Image.LANCZOS).save(path)
     print(path)
@@ -881,7 +881,7 @@ def plot(opt, panels, w=840, h=560):
 
 def record(opt, result):
     """Keeps the result in results/bench.json under its command and model, and prints it as the last line."""
-    path = HERE / "results" / "bench.json"
+    path = HERE / "paper" / "results" / "bench.json"
     model = "growth" if opt.command == "scan" and opt.growth else Path(getattr(opt, "model", opt.command)).name
     kept = json.loads(path.read_text()) if path.exists() else {}
     asked = {k: v for k, v in vars(opt).items() if k not in ("folder", "command")}

@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw, ImageFont
 from synthdoc import CELL, REGIMES, SUITES, World
 
 TOKENS, QUESTIONS = 250_000, 2_000                        # of a distillation; a suite
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 # table: (what it stands beside in the paper, {run: flags of distill.py, or the phase that follows another run})
 TABLES = {
@@ -182,7 +182,7 @@ def one(name, seed, results, wanted="result"):
                 return
             suites = SUITES | REGIMES if name == "teacher" else REGIMES if "--suite regimes" in FLAGS[name] else SUITES
             words = [str(HERE / "tiny" if name in TEACHERS else out), str(page_of(name)), *suites]
-            marks = subprocess.run([sys.executable, "reproduce.py", "--judge", *words], cwd=HERE, env=environment,
+            marks = subprocess.run([sys.executable, "-m", "paper.reproduce", "--judge", *words], cwd=HERE, env=environment,
                                    check=True, stdout=subprocess.PIPE, stderr=log, text=True).stdout
         keep(file, dict(run=name, flags=FLAGS[name], seed=seed, settings=settings_of(name, seed),
                         marks=json.loads(marks.splitlines()[-1])))
@@ -412,7 +412,7 @@ def write(results):
         for group, rows in groups.items():
             lines += [f"| C4 − C3, points, {group} | seeds | |", "|---|---|---|",
                       *(f"| {name} | {len(v)} | {difference(v)} |" for name, v in rows.items()), ""]
-    path = HERE / "RESULTS.md"                            # what is said in words above the tables is written by hand
+    path = HERE / "paper" / "RESULTS.md"                            # what is said in words above the tables is written by hand
     words = path.read_text().split(BELOW)[0] if path.exists() else ""
     path.write_text(words + "\n".join(lines).rstrip() + "\n")
 
@@ -432,7 +432,7 @@ def main():
         p.error("--seeds and --jobs must be at least 1")
     if a.judge:
         return print(json.dumps(judge(a.judge[0], int(a.judge[1]), a.judge[2:])))
-    results = HERE / "results"
+    results = HERE / "paper" / "results"
     results.mkdir(exist_ok=True)
     refuse_stale(results)
     target = results / "again" if a.again else results

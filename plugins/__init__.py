@@ -1,0 +1,1 @@
+"""Doors to other programs, a file each, and how to install it."""
