@@ -38,7 +38,7 @@ from einops import rearrange
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
-from parts.checkpoint import copy_companions, device_of, dtype_of, read_weights, write_folder  # noqa: F401
+from parts.checkpoint import copy_companions, device_of, dtype_of, find_tensors, read_weights, write_folder  # noqa: F401
 from parts.config import Config, TextConfig, VisionConfig, read_object  # noqa: F401
 from parts.decoding import FixedCache, KVCache, Replayed, append, attend_fixed  # noqa: F401
 from parts.fast import SwiGLU

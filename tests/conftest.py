@@ -1,19 +1,26 @@
-"""All tests run on the CPU, whose numbers they check, except those marked `gpu`, which need one and skip without.
+"""The project's root on the import path, one thread unless OMP_NUM_THREADS says otherwise, and the CPU for all tests.
 
-On a machine with a GPU, scripts under test would choose it by default: here they do not see it, nor do their children.
+The tests check CPU numbers, except those marked `gpu`, which need one and skip without. On a machine with a GPU the
+scripts under test would choose it by default: here they do not see it, nor do the processes that tests start.
 """
 import os
 import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+if "OMP_NUM_THREADS" not in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"                   # inherited by the processes that tests start
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch  # noqa: E402  (after the thread count is set)
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 GPU = torch.cuda.is_available()
 if GPU:
-    torch.cuda.init()                                     # this process has seen it; what it starts will not
+    torch.cuda.init()                                     # this process has seen it; those it starts will not
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 torch.cuda.is_available = lambda: False
 
