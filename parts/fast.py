@@ -166,8 +166,9 @@ class SSDScan(torch.autograd.Function):
     @once_differentiable
     @outside_autocast
     def backward(ctx, dy, dstate):
-        *inputs, = ctx.saved_tensors[:6]
-        kept, grads = list(ctx.saved_tensors[6:]), [torch.zeros_like(z) for z in inputs]
+        saved = ctx.saved_tensors                             # asked for once: checkpointing gives them out once
+        inputs, kept = saved[:6], list(saved[6:])
+        grads = [torch.zeros_like(z) for z in inputs]
         for first in reversed(range(0, len(ctx.blocks), ctx.group)):
             state, group = kept.pop(), []
             for at in ctx.blocks[first:first + ctx.group]:    # forward once more, from the kept state
@@ -308,7 +309,8 @@ class DeltaScan(torch.autograd.Function):
     @once_differentiable
     @outside_autocast
     def backward(ctx, dy, dstate):
-        inputs, kept = ctx.saved_tensors[:5], list(ctx.saved_tensors[5:])
+        saved = ctx.saved_tensors
+        inputs, kept = saved[:5], list(saved[5:])
         grads = [torch.empty_like(z) for z in inputs]
         for at in reversed(ctx.blocks):
             c = make_delta_chunks(at, ctx.Q, *inputs)
