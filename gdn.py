@@ -31,12 +31,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mamba2 import RecurrentMixer
-from parts.fast import delta_scan, fla_rule
+from parts.fast import delta_scan, fla_rule, fused
 
 # ---------------------------------------------------------------------------------------------------------
 # The delta rule: one step, then whole sequences
 
 
+@fused
 def step(q, k, v, log_a, beta, state):
     """One position of the rule: q (B,H,N), k (B,G,N), v (B,G,P), log_a, beta (B,H) -> y (B,H,P), state."""
     k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], dim=1) for z in (k, v))       # groups to heads

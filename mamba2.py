@@ -31,12 +31,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from parts.fast import convolve, mamba_ssm_step, ssd_scan
+from parts.fast import convolve, convolve_one, fused, gate_heads, mamba_ssm_step, norm_scale, ssd_scan, step_size
 
 # ---------------------------------------------------------------------------------------------------------
 # The state space: one step, then whole sequences
 
 
+@fused
 def step(x, dt, A, B, C, D, state):
     """One position of the recurrence above: x (B,G,P), dt (B,H), B (B,G,N), C (B,H,N) -> y (B,H,P), state."""
     x, B = (z.repeat_interleave(C.shape[1] // z.shape[1], dim=1) for z in (x, B))       # groups to heads
@@ -107,7 +108,7 @@ def causal_conv(u, weight, mask=None, memory=None):
         u = F.pad(u, (0, 0, before, 0)) if memory is None else torch.cat([memory, u], dim=1)
         memory = u[:, T:]                                                               # (B, W-1, E)
         if T == 1:                                        # decoding: one product, a tenth of the time below
-            return (u * weight.mT).sum(1, keepdim=True), memory
+            return convolve_one(u, weight), memory
     else:
         # The memory is put right before each row's first real position, and read off after its last one.
         taps = torch.arange(before, device=u.device)
@@ -186,25 +187,24 @@ class RecurrentMixer(nn.Module):
         mixer.init_new(init, generator)
         return mixer
 
-    def queries_keys(self, x):
-        """x (B,T,D) -> normalised queries (B,T,H,P) and keys (B,T,G,P). No RoPE: a recurrence knows the order of
-        what it reads."""
+    def queries_keys(self, x, scale=1.0):
+        """x (B,T,D) -> normalised queries times `scale` (B,T,H,P) and keys (B,T,G,P). No RoPE: a recurrence knows
+        the order of what it reads."""
         heads = (*x.shape[:2], -1, self.config.head_dim)
-        return self.q_norm(self.q_proj(x).view(heads)), self.k_norm(self.k_proj(x).view(heads))
+        return (norm_scale(self.q_proj(x).view(heads), self.q_norm.weight, self.q_norm.eps, scale),
+                norm_scale(self.k_proj(x).view(heads), self.k_norm.weight, self.k_norm.eps, 1.0))
 
     def convolved(self, q, k, v, mask, memory):
         """The short convolution over values, keys and queries side by side -> q, k, v (B,T,.,P), the new memory."""
         H, G, P = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
-        # v's dtype for all: on GPUs, autocast lets norms answer in fp32.
-        u = torch.cat([v, k.flatten(2).to(v.dtype), q.flatten(2).to(v.dtype)], dim=-1)  # (B, T, (2G+H)P)
+        u = torch.cat([v, k.flatten(2), q.flatten(2)], dim=-1)                          # (B, T, (2G+H)P)
         u, memory = causal_conv(u, self.conv, mask, memory)
         v, k, q = (z.unflatten(-1, (-1, P)) for z in u.split([G * P, G * P, H * P], dim=-1))
         return q, k, v, memory
 
     def gated(self, x, y):
         """The output of a layer: W_O (silu(W_G x + bias) * RMSNorm_head(y)), for y (B,T,H,P)."""
-        y = F.rms_norm(y, y.shape[-1:], eps=self.config.rms_norm_eps).flatten(2) * self.out_norm
-        return self.o_proj(y * F.silu(self.gate_proj(x)))                               # (B, T, D)
+        return self.o_proj(gate_heads(y, self.gate_proj(x), self.out_norm, self.config.rms_norm_eps))   # (B, T, D)
 
 
 class State(NamedTuple):
@@ -253,10 +253,8 @@ class Mamba2(RecurrentMixer):
 
     def forward(self, x, mask=None, state=None, rope=None):                             # (B, T, D); no rope
         v = self.v_proj(x)                                                              # (B, T, GP)
-        C, B = self.queries_keys(x)                                                     # (B, T, H or G, P)
-        C = C * self.config.head_dim ** -0.5              # attention's own scale
-        C, B, v, conv = self.convolved(C, B, v, mask, state and state.conv)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        dt = F.softplus(self.dt_proj(x).to(wide) + self.dt_bias.to(wide))               # (B, T, H)
-        y, ssm = ssd(v, dt, -torch.exp(self.A_log.to(wide)), B, C, self.D, state and state.ssm, mask)
+        C, B = self.queries_keys(x, self.config.head_dim ** -0.5)                       # attention's own scale
+        C, B, v, conv = self.convolved(C, B, v, mask, state and state.conv)             # (B, T, H or G, P)
+        dt, A = step_size(self.dt_proj(x), self.dt_bias, self.A_log)                    # softplus(...), -exp(A_log)
+        y, ssm = ssd(v, dt, A, B, C, self.D, state and state.ssm, mask)
         return self.gated(x, y), State(conv, ssm)                                       # (B, T, D)

@@ -41,7 +41,7 @@ from torch.utils.checkpoint import checkpoint
 from parts.checkpoint import copy_companions, device_of, dtype_of, find_tensors, read_weights, write_folder  # noqa: F401
 from parts.config import Config, TextConfig, VisionConfig, read_object  # noqa: F401
 from parts.decoding import FixedCache, KVCache, Replayed, append, attend_fixed  # noqa: F401
-from parts.fast import SwiGLU
+from parts.fast import SwiGLU, norm_rotate, rms_norm, rotate
 
 # ---------------------------------------------------------------------------------------------------------
 # The vision tower: patches in, visual tokens out
@@ -51,16 +51,6 @@ class VisionOut(NamedTuple):
     tokens: torch.Tensor            # (visual tokens, D)  replace the placeholder embeddings
     deepstack: list                 # of (visual tokens, D), added after decoder layers 0, 1, 2, ...
     patches: torch.Tensor           # (patches, Dv)  last ViT block, before the merger: what density.py measures
-
-
-def rotate_half(x):
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((-b, a), dim=-1)
-
-
-def rotate(x, cos, sin):
-    """Half-split rotary embedding; cos and sin broadcast against x."""
-    return x * cos + rotate_half(x) * sin
 
 
 def block_order(h, w, m):
@@ -202,7 +192,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)         # in fp32, rounded, then times weight
 
 
 class Attention(nn.Module):
@@ -224,7 +214,7 @@ class Attention(nn.Module):
         q, k, v = (f(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)       # (B, H or G, T, P)
                    for f in (self.q_proj, self.k_proj, self.v_proj))
         cos, sin = (t[:, None] for t in rope)                                           # (B, 1, T, P)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        q, k = (norm_rotate(t, norm.weight, cos, sin, norm.eps) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
         if isinstance(state, FixedCache):                 # one step of a replayed decoding
             y = attend_fixed(state, q, k, v)                                            # (B, H, 1, P)
         else:

@@ -18,9 +18,13 @@ import torch  # noqa: E402  (after the thread count is set)
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+HIDDEN = "HEED_TESTS_HIDE"                                # from the processes of a parallel run, which are no scripts
+if HIDDEN in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ[HIDDEN]
 GPU = torch.cuda.is_available()
 if GPU:
     torch.cuda.init()                                     # this process has seen it; those it starts will not
+    os.environ[HIDDEN] = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 torch.cuda.is_available = lambda: False
 
@@ -31,4 +35,4 @@ def device(request, monkeypatch):
         if not GPU:
             pytest.skip("needs a GPU")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ[HIDDEN])

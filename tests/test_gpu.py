@@ -1,7 +1,6 @@
 """What only a GPU can show: its scans against the recurrence in fp64, its answers against the CPU's, its training steps
 against each other. Run on a machine with one: pytest -m gpu"""
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +85,7 @@ def test_states_are_handed_over(rule, kernels):
 
 def test_blocks_of_chunks_are_used(monkeypatch):
     seen = []
-    monkeypatch.setattr(fast, "chunks_at_once", lambda device, bh, Q, f=fast.chunks_at_once: seen.append(f(device, bh, Q)) or seen[-1])
+    monkeypatch.setattr(fast, "chunks_at_once", lambda bh, Q, f=fast.chunks_at_once: seen.append(f(bh, Q)) or seen[-1])
     monkeypatch.setenv("HEED_KERNELS", "0")
     ssd(**on_gpu("ssd", arguments("ssd", torch.float32, 300), torch.float32))
     assert seen and seen[0] > 1
@@ -141,8 +140,7 @@ def test_replayed_steps_equal_eager_ones_in_bf16(mixer):
 def distil(out, *flags, kill_after=None):
     words = [sys.executable, "distill.py", "--device", "cuda", "--tokens", "6000", "--questions", "0", "--save-every", "1",
              "--out", str(out), *flags]
-    environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
-    with subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
         if kill_after:
             while len((out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []) < kill_after:
                 if run.poll() is not None:
