@@ -1,74 +1,68 @@
-"""Efficiency (Sect. 5.4, A.5: Table 7 and Fig. 5): teacher and hybrid side by side, and both against others.
+"""Efficiency (Sect. 5.4, A.5): Table 7 and Fig. 5 on whatever device is here, and others beside it.
 
-    python bench.py                                     # by context: first token, decode step, memory, cache
-    python bench.py --model wide --contexts 32768 131072 524288 --budget 6
-    python bench.py train                               # a training step of c1 to c5, relative to c1
-    python bench.py against                             # prefill, decode, distillation against transformers
-    python bench.py head                                # Stage 3's logits in chunks and all at once, on the CPU
-    python bench.py growth                              # a step against tokens, rows, processes
-    python bench.py step --model 2b                     # one real step at 2B shape beside --dry-run's promise
-    python bench.py scan --ssd-minimal PATH             # mamba2.ssd against others, forward + backward
+    python -m paper.bench contexts                        # by context: first token, decode step, memory
+    python -m paper.bench contexts --model 8b --transformers                            # on a GPU
+    python -m paper.bench train                           # a training step of c1 to c5, by stage
+    python -m paper.bench train --model 8b --recompute
+    python -m paper.bench against                         # the same work by transformers
+    python -m paper.bench scan --ssd-minimal FILE         # mamba2.ssd, and other scans
 
---model is a checkpoint's folder, one with only a config.json (weights are then drawn at random), or a row of
-SHAPES. The last line is JSON, also kept in results/bench.json with the pictures beside it. What is measured:
+--model is a checkpoint's folder, one with only a config.json (weights are then random), or one of tiny, wide, 2b
+and 8b. The last line is JSON, which results/bench.json keeps under command, model and device.
 
-    side by side   every contender lives in a process of its own, and they take turns, one pass each, so that
-                   a busy machine is unfair to none
-    time           with one CPU thread (OMP_NUM_THREADS, 1 unless set) the process's processor time, which no
-                   other work lengthens; with more threads, or on a GPU, the wall clock
-    peak           CPU: the most memory resident since the model stood, less that of the process before it was
-                   built; GPU: torch.cuda.max_memory_allocated. By context: weights, and what is added to them
-                   after 64 tokens, as code that is loaded on first use would hide the embedded model's
-    states         real ones at batch 1 up to --prefill-upto positions. Else the recurrent state is that of a
-                   short prompt (its size and cost never change), and attention's full-length cache is random
+    contenders   on a CPU a process each, which take turns, so that a busy machine is unfair to none; on a GPU one
+                 after the other, as two large models do not fit. What one cannot do is said in a sentence, and
+                 the rest goes on
+    time         medians. With one CPU thread (OMP_NUM_THREADS, 1 unless set) processor time, which no other work
+                 lengthens; else the wall clock, the GPU having finished
+    peak         of one call. CPU: resident memory beyond that of the process before the model was built (Linux
+                 only); GPU: max_memory_allocated. By context: weights, and what is added to them after 64 tokens,
+                 as code that is loaded on first use would hide the embedded model's
+    states       real ones at batch 1 up to --prefill-upto positions. Else the recurrent state is that of a short
+                 prompt (its size and cost never change), and attention's keys and values are random
+    floor        the least time, at the rates of a large copy and a large matrix product that are measured first.
+                 Decode step: decoder weights, cache and states are read once. Prefill: its products
 """
 import argparse
-import importlib.util
+import gc
+import importlib
 import json
-import math
-import multiprocessing
 import os
-import re
-import shutil
+import platform
 import statistics
 import sys
 import tempfile
-import textwrap
 import time
-import types
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import replace
-from functools import partial
-from io import StringIO
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 from pathlib import Path
-from unittest.mock import patch
+from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402  (after the number of threads is set)
-import torch.nn.functional as F  # noqa: E402
-from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
-import distill  # noqa: E402
-import loop  # noqa: E402
-from data import IGNORED, Plan, Processor, Sample, collate, loader, texts  # noqa: E402
-from mamba2 import ssd  # noqa: E402
-from model import Attention, Config, KVCache, Qwen3VL, device_of, dtype_of, to_hybrid  # noqa: E402
-from synthdoc import World  # noqa: E402
+from distill import DEFAULTS  # noqa: E402
+from model import device_of, dtype_of  # noqa: E402
+from paper.contenders import (GB, ROOT, SCANS, SHAPES, Reader, Scanner, Trainer, TransformersReader,  # noqa: E402
+                              TransformersTrainer, folder_of)
+from parts.fast import kernel  # noqa: E402
 
-HERE, GB, ROOM = Path(__file__).parents[1], 2 ** 30, 256      # ROOM: positions a random cache leaves for decoding
-SHAPES = {                # what differs from the embedded teacher's config.json: in text, in vision
-    "wide": (dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=16, num_attention_heads=8,
-                  num_key_value_heads=2, head_dim=64, mrope_section=[12, 10, 10]), dict(out_hidden_size=512)),
-    "2b": (dict(vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28,
-                num_attention_heads=16, num_key_value_heads=8, head_dim=128, mrope_section=[24, 20, 20]),
-           dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, patch_size=16,
-                out_hidden_size=2048, num_position_embeddings=2304, deepstack_visual_indexes=[5, 11, 17])),
-}
-PAPER = {"c1": 1.00, "c2": 1.05, "c3": 1.07, "c4": 1.10, "c5": 1.73}      # Table 7: GPU hours relative to c1
+HOURS = {"c1": 150, "c2": 158, "c3": 160, "c4": 165, "c5": 260}    # Table 7: on an H100, for 2 B tokens
+SPEEDUP = {4096: 1.47, 32768: 2.84, 131072: 4.12}         # Sect. 5.4: the hybrid's throughput over the teacher's
 SHARES = {1: 0.1, 2: 0.3, 3: 0.6}                         # of the token budget, by stage
 
 # ---------------------------------------------------------------------------------------------------------
-# Contenders: a process each, which builds what it needs once and then does what it is asked
+# Measuring
+
+
+class Took(NamedTuple):
+    seconds: float
+    start: int               # bytes held before the call
+    peak: int                # the most held during it
+    answer: object           # a tensor becomes a list
 
 
 def now(device):
@@ -78,881 +72,445 @@ def now(device):
 
 
 def resident(field):
-    """VmRSS (now) or VmHWM (the most since the last reset) of this process, in bytes. Linux only."""
+    """VmRSS (now) or VmHWM (the most since the last reset) of this process, in bytes."""
     with open("/proc/self/status") as status:
         return next(1024 * int(line.split()[1]) for line in status if line.startswith(field))
 
 
-def forget_peak(device):
-    if device == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")     # Linux: VmHWM starts anew from VmRSS
-    else:
-        torch.cuda.reset_peak_memory_stats()
+HERE = dict(contender=None, empty=0)                      # in this process, and the bytes that it had before
 
 
-def work(pipe, make, opt, args):
-    """The child: make gives {task: function}; with an answer come its seconds and the peak bytes so far."""
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    cpu = opt.device == "cpu"
-    for library in getattr(opt, "libraries", ()):         # of any contender, for all: code is not what is compared
-        importlib.import_module(library)
-    empty = resident("VmRSS") if cpu else 0
-    tasks = make(opt, *args)
-    forget_peak(opt.device)
-    pipe.send("ready")
-    for task, values in iter(pipe.recv, None):
-        begin = now(opt.device)
-        answer = tasks[task](*values)
-        seconds = now(opt.device) - begin
-        pipe.send((seconds, resident("VmHWM") - empty if cpu else torch.cuda.max_memory_allocated(), answer))
+def make(opt, kind, *args):
+    """Puts the contender kind(opt, *args) into this process."""
+    HERE["contender"] = None
+    if opt.device == "cpu":
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        for library in getattr(opt, "libraries", ()):     # of any contender, for all: code is not compared
+            importlib.import_module(library)
+        HERE["empty"] = resident("VmRSS")
+    HERE["contender"] = kind(opt, *args)
 
 
-class Child:
-    def __init__(self, make, opt, *args):
-        context, self.name = multiprocessing.get_context("spawn"), f"{make.__name__}{args}"
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, make, opt, args), daemon=True)
-        self.process.start()
-        theirs.close()                                    # so that its death is heard
-
-    def hear(self):
-        try:
-            return self.pipe.recv()
-        except EOFError:
-            sys.exit(f"{self.name} died; was there too little memory?")
-
-    def __call__(self, task, *values):
-        """-> seconds, peak bytes, answer."""
-        self.pipe.send((task, values))
-        return self.hear()
-
-
-def start(opt, contenders):
-    """{name: (make, arguments)} -> {name: Child}, each ready."""
-    children = {name: Child(make, opt, *args) for name, (make, *args) in contenders.items()}
-    for child in children.values():
-        child.hear()
-    return children
-
-
-def end(children):
-    for child in children.values():
-        child.pipe.send(None)
-        child.process.join()
-
-
-def take_turns(children, rounds, task, *values):
-    """-> {name: [(seconds, peak, answer), a round each]}; in a round every child does the task once."""
-    rows = [{name: child(task, *values) for name, child in children.items()} for _ in range(rounds)]
-    return {name: [row[name] for row in rows] for name in children}
-
-
-def typical(rounds):
-    """-> the median of the seconds, and the last peak."""
-    return statistics.median(r[0] for r in rounds), rounds[-1][1]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Models and pages
-
-
-def folder_of(model, scratch):
-    """model itself; where it has no tokenizer, scratch with its shape and the embedded tokenizer and ids."""
-    tiny = Config.from_folder(HERE / "tiny")
-    if model in SHAPES:
-        text, vision = SHAPES[model]
-        config = replace(tiny, text=replace(tiny.text, **text), vision=replace(tiny.vision, **vision))
-    elif (Path(model) / "tokenizer.json").is_file():
-        return str(model)
-    else:
-        bare = Config.from_folder(model)
-        config = replace(tiny, **{n: getattr(bare, n) for n in ("text", "vision", "tie_word_embeddings")})
-    (Path(scratch) / "config.json").write_text(json.dumps(config.to_json()))
-    shutil.copy(HERE / "tiny" / "tokenizer.json", scratch)
-    return str(scratch)
-
-
-def build(folder, opt):
-    """The checkpoint, or random weights of its shape where it holds none."""
-    dtype = getattr(torch, opt.dtype)
-    if any(Path(folder).glob("model*.safetensors")):
-        return Qwen3VL.from_pretrained(folder, dtype, opt.device)
-    with torch.device("meta"):
-        model = Qwen3VL(Config.from_folder(folder))
-    model = model.to(dtype).to_empty(device=opt.device).eval()
-    if model.config.tie_word_embeddings:                  # to_empty made two of one
-        model.lm_head.weight = model.model.language_model.embed_tokens.weight
-    torch.manual_seed(0)
-    for name, p in model.named_parameters():
-        p.data.normal_(0, 0.02) if p.dim() > 1 else p.data.fill_(name.endswith("weight"))
-    return model
-
-
-def page(width, height):
-    """A picture of a document: the README in print."""
-    lines = textwrap.wrap((HERE / "README.md").read_text(), max(10, width // 6))[:height // 17]
-    image = Image.new("RGB", (width, height), "white")
-    ImageDraw.Draw(image).multiline_text((12, 8), "\n".join(lines), "black", ImageFont.load_default(12))
-    return image
-
-
-def document(folder, rows, text, visual):
-    """Batch of equal rows: a page of about `visual` visual tokens (0: none), a question of about `text`
-    tokens and a short answer."""
-    processor = Processor(folder, 10 ** 6, 10 ** 7, 10 ** 7)
-    processor.min_pixels, processor.max_pixels = processor.factor ** 2, 10 ** 8
-    side = round(visual ** 0.5) * processor.factor
-    phrase = "the price of tea "
-    question = texts(phrase * round(8 * text / len(processor.tokenize(8 * phrase))))
-    asked = [{"type": "image"}] * bool(visual) + question
-    sample = Sample(id="page", images=[page(side, side)] * bool(visual), source="bench", messages=[
-        {"role": "user", "content": asked}, {"role": "assistant", "content": texts("four ninety five")}])
-    return collate([processor.encode(sample)] * rows, processor.pad_id)
-
-
-def world_batch(folder, tokens):
-    """A micro-batch of the embedded world, as distill.py draws it."""
-    world, processor = World("train", 0), Processor(folder)
-    return next(iter(loader(world, processor, Plan(world, processor, 0, tokens, tokens))))
-
-
-def questions(opt):
-    """Evaluation pages of the embedded world, each with a question: a left-padded batch of opt.rows."""
-    world, processor = World("eval", 0, "reading"), Processor(opt.folder)
-    samples = [replace(world[i], messages=world[i].messages[:1]) for i in range(opt.rows)]
-    encoded = [processor.encode(sample, add_generation_prompt=True) for sample in samples]
-    return collate(encoded, processor.pad_id, side="left").to(opt.device)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# By context (Table 7, Fig. 5)
-
-
-def cache_bytes(text, mixers, T, width, rows=1):
-    """What decoding carries along after T positions. Attention's keys and values grow with T; the states
-    (fp32) and last convolution inputs of `mixers` Mamba-2 layers do not. width: bytes of a number."""
-    H, G, P = text.num_attention_heads, text.num_key_value_heads, text.head_dim
-    attention, mixer = 2 * G * T * P * width, H * P * P * 4 + 3 * (2 * G + H) * P * width
-    return rows * (attention * (text.num_hidden_layers - mixers) + mixer * mixers)
-
-
-def largest_batch(budget, weights, row):
-    """Rows that fit beside the weights; all in bytes."""
-    return max(0, int((budget - weights) // row))
-
-
-def held(states):
-    """What cache_bytes counts, on the tensors; room to spare in attention's buffers does not count."""
-    return sum((t[:, :, :s.length] if isinstance(s, KVCache) else t).numel() * t.element_size()
-               for s in states for t in s if isinstance(t, torch.Tensor))
-
-
-def randomised(state, T, rows):
-    """One row's state -> that of `rows`: attention's cache random and T long, a recurrent state repeated."""
-    if not isinstance(state, KVCache):
-        return type(state)(*(t.repeat(rows, *[1] * (t.dim() - 1)) for t in state))
-    shape = (1, state.k.shape[1], T + ROOM, state.k.shape[3])
-    return KVCache(*(torch.randn(shape, dtype=t.dtype, device=t.device).repeat(rows, 1, 1, 1)
-                     for t in (state.k, state.v)), None, T)
-
-
-@contextmanager
-def clocked(model, device):
-    """{kind of module: seconds}, which hooks fill while the model runs. They cost time of their own, on a GPU much,
-    so that speeds are measured without them."""
-    spent, begun, hooks = {}, [], []
-
-    def after(kind, *_):
-        spent[kind] = spent.get(kind, 0) + now(device) - begun.pop()
-    for layer in model.layers:
-        kind = "attention" if isinstance(layer.self_attn, Attention) else "mixers"
-        for module, name in ((layer.self_attn, kind), (layer.mlp, "MLP")):
-            hooks += [module.register_forward_pre_hook(lambda *_: begun.append(now(device))),
-                      module.register_forward_hook(partial(after, name))]
+def perform(opt, task, *values):
+    """make, or a method of the contender in this process -> Took, or a sentence on what went wrong."""
+    cuda = opt.device == "cuda"
     try:
-        yield spent
-    finally:
-        for hook in hooks:
-            hook.remove()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")                               # VmHWM starts anew
+        start = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
+        begin = now(opt.device)
+        answer = task(opt, *values) if task is make else getattr(HERE["contender"], task)(*values)
+        seconds = now(opt.device) - begin
+        peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
+        answer = answer.tolist() if isinstance(answer, torch.Tensor) else answer
+        return Took(seconds, start - HERE["empty"], peak - HERE["empty"], answer)
+    except Exception as error:                            # of any kind: the others go on
+        sentence = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    free(opt)                                             # here, where the error holds no tensors any more
+    return sentence
 
 
-def compile_steps(model):
-    """Compiles the mixers' one-position step, a dozen small operations. MLPs gain nothing, attention's cache
-    grows, and in prefill the loop over chunks would be unrolled."""
-    for mixer in (layer.self_attn for layer in model.layers if not isinstance(layer.self_attn, Attention)):
-        plain, fast = mixer.forward, torch.compile(mixer.forward, dynamic=False)
-        mixer.forward = lambda x, *a, plain=plain, fast=fast: (fast if x.shape[1] == 1 else plain)(x, *a)
+def free(opt):
+    gc.collect()
+    if opt.device == "cuda":
+        torch.cuda.empty_cache()
 
 
-def reader(opt, name, rows=1):
-    """A child that reads and writes: the teacher, the hybrid made from it, or opt.hybrid's checkpoint."""
-    model = build(opt.hybrid or opt.folder if name == "hybrid" else opt.folder, opt)
-    model = to_hybrid(model, opt.mixer) if name == "hybrid" and not opt.hybrid else model
-    if opt.compile:
-        compile_steps(model)
-    run = {}
+def measure(opt, contenders, calls):
+    """contenders {name: (class, *arguments)}; calls [(place, task, *values)], in order, of each contender.
+    -> {name: {(place, task): [Took of each call]}}. After an error a contender skips the rest of that place."""
+    results, lost = {name: {} for name in contenders}, set()
+    for group in [list(contenders)] if opt.device == "cpu" else [[name] for name in contenders]:
+        pools = {name: ProcessPoolExecutor(1, get_context("spawn")) for name in group if opt.device == "cpu"}
+        for place, task, *values in [("make", make), *calls]:
+            for name in group:
+                if not lost.isdisjoint({(name, place), (name, "make")}):
+                    continue
+                work = (opt, task, *(contenders[name] if task is make else values))
+                try:
+                    took = pools[name].submit(perform, *work).result() if pools else perform(*work)
+                except BrokenProcessPool:
+                    took = "its process died; was there too little memory?"
+                if isinstance(took, Took):
+                    results[name].setdefault((place, task), []).append(took)
+                else:
+                    lost.add((name, place))
+                    print(f"{name} at {place if isinstance(place, str) else ' '.join(map(str, place))}: {took}")
+        for pool in pools.values():
+            pool.shutdown()
+        HERE["contender"] = None
+        free(opt)
+    return results
 
-    def prefill(T):
-        run.clear()                                       # the last state must not count towards the peak
-        ids = torch.randint(10, model.config.text.vocab_size, (1, T), device=opt.device)
-        ids[(ids == model.config.image_token_id) | (ids == model.config.video_token_id)] = 9
-        logits, run["states"], run["position"] = model.prefill(ids, chunk=opt.chunk)
-        run["token"] = logits.argmax(-1)
 
-    @torch.inference_mode()
-    def fill(T):
-        prefill(16)
-        run["states"] = [randomised(s, T, rows) for s in run["states"]]
-        run["position"], run["token"] = (t.repeat(rows) for t in (run["position"] + T - 16, run["token"]))
+def median(rounds):
+    return statistics.median(took.seconds for took in rounds)
 
-    def step():
-        logits, run["states"] = model.step(run["token"], run["states"], run["position"])
-        run["token"], run["position"] = logits.argmax(-1), run["position"] + 1
 
-    def shares(steps):
-        """The part of a step's time that each kind of module takes."""
-        with clocked(model, opt.device) as spent:
+def device_rates(opt):
+    """-> bytes/s, by a large copy, which reads and writes each; floating-point operations/s, by a large product."""
+    n, size = (8192, 2 ** 31) if opt.device == "cuda" else (1024, 2 ** 28)
+    a = torch.randn(n, n, device=opt.device).to(getattr(torch, opt.dtype))
+    source = torch.zeros(size, dtype=torch.uint8, device=opt.device)
+    target = torch.zeros_like(source)
+
+    def fastest(f):
+        times = []
+        for _ in range(8):
             begin = now(opt.device)
-            for _ in range(steps):
-                step()
-            total = now(opt.device) - begin
-        return {kind: seconds / total for kind, seconds in spent.items()}
-    return dict(prefill=prefill, fill=fill, step=step, shares=shares, held=lambda: held(run["states"]),
-                forget=lambda: forget_peak(opt.device),
-                mixers=lambda: sum(not isinstance(s, KVCache) for s in run["states"]),
-                reads=lambda: held(run["states"]) + sum(p.numel() * p.element_size() for part in (
-                    model.layers, model.norm, model.lm_head) for p in part.parameters()),
-                weights=lambda: sum(p.numel() * p.element_size() for p in model.parameters()))
+            f()
+            times.append(now(opt.device) - begin)
+        return min(times)
+    rates = dict(bandwidth=2 * size / fastest(lambda: target.copy_(source)), products=2 * n ** 3 / fastest(lambda: a @ a))
+    print(f"{device_name(opt)}: a copy moves {rates['bandwidth'] / 1e9:,.0f} GB/s, a product in {opt.dtype} does "
+          f"{rates['products'] / 1e12:,.3g} TFLOP/s", flush=True)
+    return rates
 
 
-def side_by_side(opt, T, sizes):
-    """{name: figures} of one context, the contenders being given with their batch sizes."""
-    children, result = start(opt, {name: (reader, name, rows) for name, rows in sizes.items()}), {}
-    real = T <= opt.prefill_upto and max(sizes.values()) == 1
-    take_turns(children, 1, "prefill", 64)                # loads code and allocates scratch once
-    warm = take_turns(children, 1, "weights")
-    filled = take_turns(children, opt.repeats if real else 1, "prefill" if real else "fill", T)
-    take_turns(children, 1, "forget")                     # what follows is decoding's own peak
-    take_turns(children, 2, "step")                       # the first may have to enlarge the cache
-    for name, rounds in take_turns(children, opt.steps, "step").items():
-        seconds, peak = typical(rounds)
-        child, rows, (_, before, weights) = children[name], sizes[name], warm[name][0]
-        result[name] = dict(batch=rows, step=seconds, tokens_s=rows / seconds, peak=weights + peak - before,
-                            step_shares=child("shares", 4)[2], weights=weights, held=child("held")[2],
-                            mixers=child("mixers")[2], reads=child("reads")[2])
-        if real:
-            first, most = typical(filled[name])
-            result[name].update(first_token=first, prefill_peak=weights + most - before)
-    end(children)
-    return result
-
-
-def at_context(opt, T):
-    """One context: {"batch 1": {name: figures}, "equal memory": the same at the largest batch that fits}."""
-    text, width = Config.from_folder(opt.folder).text, getattr(torch, opt.dtype).itemsize
-    names, sizes = ["teacher", "hybrid"][T > opt.teacher_upto:], {}
-    one = side_by_side(opt, T, dict.fromkeys(names, 1))
-    for name, r in one.items():
-        r["counted"] = cache_bytes(text, r["mixers"], T + opt.steps + 2, width)
-        row = cache_bytes(text, r["mixers"], T + ROOM, width)
-        sizes[name] = largest_batch(opt.budget * GB, r["weights"], row)
-    fits = {name: rows for name, rows in sizes.items() if rows}
-    return {"batch 1": one, "equal memory": side_by_side(opt, T, fits) if fits else {}}
-
-
-def compared(teacher, hybrid):
-    """Table 7's columns: speeds as the hybrid's over the teacher's, and so memory. ceiling: what tokens_s would be if a
-    step cost nothing but reading the decoder's weights, caches and states once."""
-    keys = ("tokens_s", "held", "peak", "prefill_peak")
-    r = {key: hybrid[key] / teacher[key] for key in keys if key in teacher}
-    r["ceiling"] = hybrid["batch"] / teacher["batch"] * teacher["reads"] / hybrid["reads"]
-    if "first_token" in teacher:
-        r["first_token"] = teacher["first_token"] / hybrid["first_token"]
-    return r
+# ---------------------------------------------------------------------------------------------------------
+# By context (Table 7's right half, Fig. 5)
 
 
 def contexts(opt):
-    """Table 7's right half and Fig. 5: a row per context and model, and the curves."""
-    table = {}
-    heads = ("first s", "step ms", "tokens/s", "peak MB", "cache MB", "counted")
-    print(f"{'context':>8}{'at':>13}{'':8}{'batch':>6}" + "".join(f"{h:>10}" for h in heads))
-    for T in opt.contexts:
-        table[T] = at_context(opt, T)
-        for at, rows in table[T].items():
-            for name, r in rows.items():
-                cells = (r.get("first_token", math.nan), 1e3 * r["step"], r["tokens_s"], r["peak"] / 1e6,
-                         r["held"] / 1e6, r.get("counted", math.nan) / 1e6)
-                print(f"{T:8}{at:>13}{name:>8}{r['batch']:6}" + "".join(f"{c:10.2f}" for c in cells) + "   "
-                      + ", ".join(f"{k} {100 * v:.0f} %" for k, v in r["step_shares"].items()), flush=True)
-            if len(rows) == 2:
-                rows["ratios"] = compared(*rows.values())
-                print(f"{'ratios':>27}   " + ", ".join(f"{k} {v:.3f}" for k, v in rows["ratios"].items()))
-    print(f"Prefilled states: those at batch 1 up to {opt.prefill_upto} positions. In others, attention's"
-          " cache is random.")
-    curves = {"tokens_s": ("tokens/s, batch 1", 1), "first_token": ("time to first token, s", 1),
-              "peak": ("peak memory of decoding, MB", 1e-6), "held": ("cache and states, MB", 1e-6)}
-    plot(opt, [(title, "context", {n: [(T, t["batch 1"][n][key] * scale) for T, t in table.items()
-                                       if key in t["batch 1"].get(n, ())] for n in ("teacher", "hybrid")})
-               for key, (title, scale) in curves.items()])
-    return table
+    rates, table = device_rates(opt), {T: {} for T in opt.contexts}
+    contenders = dict(teacher=(Reader, "teacher"), hybrid=(Reader, "hybrid"))
+    if opt.transformers:
+        contenders["transformers"] = (TransformersReader,)
+    places = [(T, at) for T in opt.contexts for at in ("batch 1", "equal memory")]
+    head("context", "", "", "rows", "first s", "floor", "step ms", "floor", "tokens/s", "peak GB", "cache GB")
+    for group in [[place] for place in places] if opt.device == "cpu" else [places]:
+        results = measure(opt, contenders, [c for place in group for c in reading(opt, *place)])
+        for T, at in group:
+            rows = table[T][at] = {}
+            for name, r in results.items():
+                took = {task: rounds for (place, task), rounds in r.items() if place == (T, at)}
+                if "step" in took:
+                    rows[name] = figures(took, rates, rows.get("teacher"))
+            show_context(T, at, rows)
+    draw_contexts(opt, table)
+    return dict(rates=rates, contexts=table)
+
+
+def reading(opt, T, at):
+    """The calls of one place."""
+    real = T <= opt.prefill_upto and at == "batch 1"
+    yield (T, at), "prefill", 64                          # loads code and allocates scratch
+    yield (T, at), "rest"
+    for _ in range((opt.repeats + (opt.device == "cuda")) * real):        # a GPU's first one chooses kernels
+        yield (T, at), "prefill", T
+    yield (T, at), "begin", 0 if real else T, at == "equal memory"
+    for _ in range(opt.steps + 2):
+        yield (T, at), "step"
+
+
+def figures(took, rates, teacher):
+    """One row of the table. took: {task: [Took]} of one contender at one context; teacher: its row, by which
+    transformers' floors and weights are known."""
+    _, *prefills = took["prefill"]
+    base = (prefills or took["begin"])[0].start           # weights, code, scratch
+    r = {k: teacher[k] for k in ("weights", "reads", "flops", "counted") if teacher} | took["begin"][0].answer
+    seconds = median(took["step"][2:])                    # the first may enlarge the cache
+    r.update(step=seconds, step_floor=r["reads"] / rates["bandwidth"], tokens_s=r["batch"] / seconds,
+             peak=r["weights"] + took["step"][-1].peak - base)
+    if prefills:
+        rounds = prefills[len(prefills) > 1:]             # the first warms up where there are more
+        r.update(first_token=median(rounds), first_token_floor=r["flops"] / rates["products"],
+                 prefill_peak=r["weights"] + rounds[-1].peak - base)
+    return r
+
+
+def compared(teacher, hybrid):
+    """Table 7's columns, the hybrid's over the teacher's, of first_token the reverse. ceiling: tokens_s by floors."""
+    r = {key: hybrid[key] / teacher[key] for key in ("tokens_s", "held", "peak", "prefill_peak", "first_token")
+         if key in teacher and key in hybrid}
+    if "first_token" in r:
+        r["first_token"] = 1 / r["first_token"]
+    r["ceiling"] = hybrid["batch"] / hybrid["step_floor"] * teacher["step_floor"] / teacher["batch"]
+    return r
+
+
+def show_context(T, at, rows):
+    for name, r in rows.items():
+        line(T, at, name, r["batch"], r.get("first_token"), r.get("first_token_floor"), 1e3 * r["step"],
+             1e3 * r["step_floor"], r["tokens_s"], r["peak"] / GB, r["held"] / GB)
+    if "teacher" in rows and "hybrid" in rows:
+        rows["ratios"] = compared(rows["teacher"], rows["hybrid"])
+        print("hybrid over teacher: " + ", ".join(f"{k} {v:.3f}" for k, v in rows["ratios"].items()), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Training: a step of distill.py (Table 7, left half)
-
-
-def settings(opt, cond, *more):
-    flags = ["--teacher", opt.folder, "--cond", cond, "--device", opt.device, "--dtype", opt.dtype]
-    return distill.parse(distill.DistillSettings, distill.DEFAULTS, [*flags, *more])
-
-
-def stepper(opt, teacher, cond="c4", ranks=None, flags=()):
-    """-> step(batch, stage): an optimiser step of a fresh student, at a rate that leaves its weights alone.
-    AdamW's moments exist from the start, as they do in every step of a run but its first."""
-    s, ranks = settings(opt, cond, *flags), ranks or distill.Ranks(0, 1, torch.device(opt.device))
-    objective = distill.Distillation(s, teacher, distill.convert(s, teacher))
-    parameters = list(objective.parameters().values())
-    optimiser = torch.optim.AdamW(loop.groups(parameters, s.weight_decay), lr=1e-12, betas=(0.9, 0.95))
-
-    def gradient(part):
-        part.backward()
-        return part.detach()
-
-    def update(count):
-        loop.reduce_gradients(ranks, parameters, count)
-        loop.clip_gradients(ranks, parameters, s.clip)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-
-    def step(batch, stage):
-        label, _ = objective.prepare({1: 0.05, 2: 0.2, 3: 0.7}[stage])
-        loss, count, _ = objective.loss(batch, label, gradient)
-        update(count)
-        return loss.item() / count
-    for p in parameters:
-        p.requires_grad_(True)
-    update(1)                                             # gradients of zero make moments of zero
-    step.objective = objective
-    return step
-
-
-def weighted(seconds):
-    """{stage: seconds of a step} -> their mean over a run's budget, split 10/30/60; c1 has Stage 3 only."""
-    return sum(SHARES[n] * t for n, t in seconds.items()) / sum(SHARES[n] for n in seconds)
-
-
-def timed(tasks, rounds, device):
-    """{key: function} -> {key: median seconds}; all take turns, and the first round only warms up."""
-    times = {key: [] for key in tasks}
-    for _ in range(rounds + 1):
-        for key, f in tasks.items():
-            begin = now(device)
-            f()
-            times[key].append(now(device) - begin)
-    return {key: statistics.median(t[1:]) for key, t in times.items()}
+# Training (Table 7's left half)
 
 
 def train(opt):
-    """A step's time by condition and stage, in one process, in turn, and the density weights' own."""
-    teacher, batch = build(opt.folder, opt), world_batch(opt.folder, opt.tokens).to(opt.device)
-    steps, table = {cond: stepper(opt, teacher, cond) for cond in PAPER}, {}
-    tasks = {(c, n): partial(steps[c], batch, n) for n in SHARES for c in PAPER if (n < 3) == (c != "c1")}
-    with torch.no_grad():
-        vision = teacher.visual(batch.pixels, batch.grids)
-    tasks["density"] = partial(steps["c4"].objective.weights, batch, vision, None)      # e is for c5 only
-    t = timed(tasks, opt.repeats, opt.device)
-    # Stage 3 is the same code for all conditions, so one time serves them all.
-    print(f"seconds a step of {int(batch.mask.sum()):,} tokens in {len(batch.ids)} samples")
-    heads = ("stage 1", "stage 2", "stage 3", "10/30/60", "over c1", "paper")
-    print(" " * 6 + "".join(f"{h:>10}" for h in heads))
-    for c in PAPER:
-        seconds = {n: t["c1" if n == 3 else c, n] for n in SHARES if n == 3 or c != "c1"}
-        relative = weighted(seconds) / t["c1", 3]
-        table[c] = dict(seconds=seconds, weighted=weighted(seconds), relative=relative)
-        cells = [*(seconds.get(n, math.nan) for n in SHARES), weighted(seconds), relative, PAPER[c]]
-        print(f"{c:6}" + "".join(f"{x:10.3f}" for x in cells))
-    table["density"] = (SHARES[1] + SHARES[2]) * t["density"] / table["c3"]["weighted"]
-    print(f"density weights: {1e3 * t['density']:.2f} ms a step in Stages 1 and 2, "
-          f"{100 * table['density']:.3f} % of c3 in all")
-    return table
+    """A micro-batch by condition and stage, and the update. Stage 3 is the same code for all conditions."""
+    rates, stages, table, cuda = device_rates(opt), {}, {}, opt.device == "cuda"
+    places = [(c, n) for n in SHARES for c in HOURS if (n < 3) == (c != "c1")]
+    rounds = [(place, *call) for _ in range(opt.repeats + 1) for place in places      # conditions take turns
+              for call in (("micro", *place), ("update",))]
+    took = measure(opt, {"train": (Trainer, *HOURS)}, [(place, "counts", *place) for place in places] + rounds)["train"]
+    head("", "stage", "s", "update s", "tokens/s", "GFLOP/token", "% of rate", "peak GB")
+    for c, n in places:
+        if len(took.get(((c, n), "update"), ())) > opt.repeats:
+            counts, micro, update = (took[(c, n), task] for task in ("counts", "micro", "update"))
+            r = stages[c, n] = stage_figures(opt, rates, *counts[0].answer, micro, update)
+            line(c if n < 3 else "all", n, r["seconds"], r["update"], r["tokens_s"], r["flops"] / 1e9, 100 * r["share"],
+                 r["peak"] / GB)
+    head("", "s/k tokens", "over c1", "paper", *["GPU hours", "paper"] * cuda)
+    for c in HOURS:
+        mine = {n: stages[p] for n in SHARES if (p := ("c1" if n == 3 else c, n)) in stages}
+        if len(mine) == (1 if c == "c1" else 3):
+            each = weighted({n: 1 / r["tokens_s"] for n, r in mine.items()})
+            over = each / table["c1"]["seconds_token"] if table else 1.0
+            table[c] = dict(stages=mine, seconds_token=each, over_c1=over, hours=2e9 * each / 3600)
+            line(c, 1e3 * each, over, HOURS[c] / HOURS["c1"], *[table[c]["hours"], HOURS[c]] * cuda)
+    return dict(rates=rates, conditions=table)
+
+
+def stage_figures(opt, rates, tokens, flops, micro, update):
+    """In a run of real data a step has many micro-batches and one update, which all its tokens share."""
+    seconds, final = median(micro[1:]), median(update[1:])                              # less the warm-up
+    each = seconds / tokens + final / (DEFAULTS["batch_tokens"][1] if opt.rows else tokens)
+    return dict(tokens=tokens, seconds=seconds, update=final, tokens_s=1 / each, flops=flops / tokens,
+                share=flops / seconds / rates["products"], peak=max(t.peak for t in micro + update), loss=micro[-1].answer[0])
+
+
+def weighted(costs):
+    """{stage: cost} -> their mean over a run's budget, split 10/30/60; c1 has Stage 3 only."""
+    return sum(SHARES[n] * t for n, t in costs.items()) / sum(SHARES[n] for n in costs)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Against transformers: the same weights and inputs
 
 
-def ours(opt):
-    model, run, asked = build(opt.folder, opt), {}, questions(opt)
-    b = document(opt.folder, 1, opt.text, opt.visual).to(opt.device)
-    token, model.config.eos_token_id = torch.tensor([20], device=opt.device), []        # no answer ends early
-
-    def prefill():
-        logits, run["states"], run["position"] = model.prefill(b.ids, None, b.pixels, b.grids)
-        return logits[0].tolist()
-
-    def step():
-        logits, run["states"] = model.step(token, run["states"], run["position"])
-        run["position"] = run["position"] + 1
-        return logits[0].tolist()
-
-    def generate():
-        rows = model.generate(asked.ids, asked.mask, asked.pixels, asked.grids, max_new_tokens=opt.new)
-        return [float(t) for row in rows for t in row]
-    return dict(prefill=prefill, step=step, generate=generate)
-
-
-def our_trainer(opt):
-    step = stepper(opt, build(opt.folder, opt), "c3")
-    batch = world_batch(opt.folder, opt.tokens).to(opt.device)
-    return dict(train=lambda stage: step(batch, stage))
-
-
-def load_theirs(opt):
-    from transformers import Qwen3VLForConditionalGeneration
-    model = Qwen3VLForConditionalGeneration.from_pretrained(opt.folder, dtype=getattr(torch, opt.dtype),
-                                                            attn_implementation="sdpa")
-    return model.requires_grad_(False).eval().to(opt.device)
-
-
-def their_inputs(b, image):
-    return dict(input_ids=b.ids, attention_mask=b.mask.long(), pixel_values=b.pixels, image_grid_thw=b.grids,
-                mm_token_type_ids=(b.ids == image).int())
-
-
-def theirs(opt):
-    model, run, token = load_theirs(opt), {}, torch.tensor([[20]], device=opt.device)
-    b, asked = document(opt.folder, 1, opt.text, opt.visual).to(opt.device), questions(opt)
-    model.generation_config.eos_token_id = None
-
-    @torch.inference_mode()
-    def prefill():
-        model.model.rope_deltas = None
-        out = model(**their_inputs(b, model.config.image_token_id), use_cache=True, logits_to_keep=1)
-        run["cache"] = out.past_key_values
-        return out.logits[0, -1].tolist()
-
-    @torch.inference_mode()
-    def step():
-        out = model(input_ids=token, past_key_values=run["cache"], use_cache=True)    # no padding, no mask
-        return out.logits[0, -1].tolist()
-
-    def generate():
-        inputs = their_inputs(asked, model.config.image_token_id)
-        ids = model.generate(**inputs, max_new_tokens=opt.new, do_sample=False)
-        return ids[:, asked.ids.shape[1]:].flatten().float().tolist()
-    return dict(prefill=prefill, step=step, generate=generate)
-
-
-class Slot(torch.nn.Module):
-    """Our mixer in transformers' attention slot, computing with our scan or with transformers'."""
-
-    def __init__(self, mixer, their_scan):
-        super().__init__()
-        self.mixer, self.scan = mixer, self.other if their_scan else ssd
-
-    @staticmethod
-    def other(x, dt, A, B, C, D, state, mask):
-        x, B = (z.repeat_interleave(C.shape[2] // z.shape[2], 2) for z in (x, B))
-        return fallback(64)(x, dt, A, B, C) + D[:, None] * x, None
-
-    def forward(self, hidden_states, **_):
-        with patch("mamba2.ssd", self.scan):
-            return self.mixer(hidden_states)[0], None
-
-
-def their_trainer(opt, their_scan):
-    """The obvious way: transformers' teacher, a second full copy with exchanged layers, all logits. In Stages 1 and 2
-    its layers read what hooks saw the teacher's read, and one backward pass follows."""
-    teacher, student = load_theirs(opt), load_theirs(opt)
-    hybrid = to_hybrid(build(opt.folder, opt))
-    S, image = hybrid.config.hybrid["layers"], teacher.config.image_token_id
-    mixers = {i: hybrid.layers[i].self_attn.float() for i in S}
-    for i, mixer in mixers.items():
-        student.model.language_model.layers[i].self_attn = Slot(mixer, their_scan)
-    named = [(n, p) for mixer in mixers.values() for n, p in mixer.named_parameters()]
-    inherited, parameters = mixers[S[0]].INHERITED, [p for _, p in named]
-    optimiser = torch.optim.AdamW(parameters, lr=1e-12, betas=(0.9, 0.95), weight_decay=0.01)
-    batch, seen = world_batch(opt.folder, opt.tokens).to(opt.device), {}
-    for i in S:
-        teacher.model.language_model.layers[i].register_forward_hook(
-            lambda m, args, given, out, i=i: seen.update({i: (args[0] if args else given["hidden_states"], out)}),
-            with_kwargs=True)
-
-    def train(stage):
-        for n, p in named:
-            p.requires_grad_(stage > 1 or not n.startswith(inherited))
-        both = dict(their_inputs(batch, image), use_cache=False)
-        with torch.no_grad():
-            t = teacher(**both)
-        if stage < 3:
-            layers = student.model.language_model.layers
-            error = [distill.drift(layers[i](seen[i][0], position_embeddings=None), seen[i][1])
-                     for i in S]
-            loss = torch.stack(error).mean(0)[batch.mask].mean()
-        else:
-            s = student(**both)
-            target = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
-            log_q, log_p = s.logits.float().log_softmax(-1), t.logits.float().log_softmax(-1)
-            kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)[target != IGNORED].mean()
-            loss = kl + 0.1 * F.nll_loss(log_q.flatten(0, 1), target.flatten(), ignore_index=IGNORED)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        return loss.item()
-    return dict(train=train)
-
-
 def against(opt):
-    """By turns; how far answers and losses differ is printed, for unless they agree nothing is compared. A peak is
-    the most of a part so far: reading, then training."""
-    if not any(Path(opt.folder).glob("model*.safetensors")):
-        build(opt.folder, opt).save_pretrained(opt.folder)
+    """How far answers and losses differ is printed, for unless they agree nothing is compared."""
     opt.libraries = ["transformers.models.qwen3_vl.modeling_qwen3_vl", "transformers.models.mamba2.modeling_mamba2"]
-    contenders = {"ours": ([ours], [our_trainer]), "transformers": ([theirs], [their_trainer, True]),
-                  "transformers, our scan": ([], [their_trainer, False])}
-    reading = [("prefill", opt.repeats + 1), ("step", opt.steps), ("generate", opt.repeats + 1)]
-    training, table = [("train", opt.repeats + 1, n) for n in SHARES], {}
-    print(f"{'':10}{'':24}{'ms':>10}{'x ours':>8}{'peak MB':>10}{'ours / it':>10}")
-    for part, tasks in enumerate((reading, training)):
-        children = start(opt, {name: makers[part] for name, makers in contenders.items() if makers[part]})
-        for task, rounds, *stage in tasks:
-            rows, task = take_turns(children, rounds, task, *stage), " ".join(map(str, [task, *stage]))
-            table[task] = report(task, {name: typical(r[1:]) for name, r in rows.items()})  # less the warm-up
-            a, *others = (torch.tensor(r[0][2]) for r in rows.values())
-            worst = max(((b - a).abs().max() / a.abs().max()).item() for b in others)
-            print(f"{'':10}largest difference of an answer or loss: {worst:.1e} of it", flush=True)
-        end(children)
-    table["10/30/60"] = report("10/30/60", {
-        name: (weighted({n: table[f"train {n}"][name][0] for n in SHARES}), table["train 3"][name][1])
-        for name in contenders})                          # peaks only grow, so the last is that of all stages
+    readers = {"ours": (Reader, "teacher"), "transformers": (TransformersReader,)}
+    trainers = {"ours": (Trainer, "c3"), "transformers": (TransformersTrainer, True),
+                "their model, our scan": (TransformersTrainer, False)}
+    again = range(opt.repeats + 1)
+    reads = [("read", "prefill", opt.text, opt.visual) for _ in again] + [("read", "begin", 0, False)] \
+        + [("read", "step") for _ in range(opt.steps)] + [("answer", "generate") for _ in again]
+    learns = [(f"stage {n}", "train", n) for n in SHARES for _ in again]
+    table = {}
+    head("", "", "ms", "x ours", "peak GB", "ours / it", "difference")
+    for contenders, calls in ((readers, reads), (trainers, learns)):
+        results = measure(opt, contenders, calls)
+        for key in dict.fromkeys((place, task) for place, task, *_ in calls if task != "begin"):
+            took = {name: r[key] for name, r in results.items() if len(r.get(key, ())) > 1}
+            rows = table[key[0] if key[1] == "train" else key[1]] = {}
+            for name, rounds in took.items():
+                rows[name] = dict(seconds=median(rounds[1:]), peak=max(t.peak for t in rounds),
+                                  difference=difference(took["ours"], rounds) if "ours" in took else None)
+            show_against(key[0] if key[1] == "train" else key[1], rows)
+    whole = {name: [table[f"stage {n}"].get(name) for n in SHARES] for name in trainers}
+    table["10/30/60"] = {name: dict(seconds=weighted({n: r["seconds"] for n, r in zip(SHARES, rows)}),
+                                    peak=max(r["peak"] for r in rows)) for name, rows in whole.items() if all(rows)}
+    show_against("10/30/60", table["10/30/60"])
     return table
 
 
-def report(task, rows):
-    for name, (seconds, peak) in rows.items():
-        print(f"{task:10}{name:24}{1e3 * seconds:10.1f}{seconds / rows['ours'][0]:8.2f}{peak / 1e6:10.0f}"
-              f"{rows['ours'][1] / peak:10.2f}", flush=True)
-    return rows
+def difference(ours, theirs):
+    """The largest of the first answers, relative to ours."""
+    a, b = (torch.tensor(rounds[0].answer, dtype=torch.float64) for rounds in (ours, theirs))
+    return ((b - a).abs().max() / a.abs().max()).item()
 
 
-def headed(opt, chunked):
-    """Eq. 1 on so many rows, forward and backward, through a frozen head of a real vocabulary."""
-    torch.manual_seed(0)
-    head = torch.nn.Linear(opt.width, opt.vocabulary, bias=False, device=opt.device).requires_grad_(False)
-    h_s, h_t = (torch.randn(opt.rows, opt.width, device=opt.device) for _ in range(2))
-    target = torch.randint(opt.vocabulary, (opt.rows,), device=opt.device)
-    def plain(h_s, h_t, y, *_):
-        log_q, log_p = head(h_s).log_softmax(-1), head(h_t).log_softmax(-1)
-        return F.kl_div(log_q, log_p, log_target=True, reduction="sum"), F.nll_loss(log_q, y, reduction="sum")
-
-    def run(n=opt.rows):
-        kl, ce = (distill.kd_sums if chunked else plain)(h_s[:n].requires_grad_(), h_t[:n], target[:n], head, head)
-        (kl + 0.1 * ce).backward()
-        return [kl.item(), ce.item()]
-    run(2)                                                # loads code and allocates scratch once
-    return dict(run=run, rest=lambda: None)
-
-
-def head(opt):
-    """What kd_sums saves beside the plain form; a smaller --rows fits the plain form into less memory."""
-    children = start(opt, {"ours": (headed, True), "all logits": (headed, False)})
-    rest, rows = take_turns(children, 1, "rest"), take_turns(children, opt.repeats, "run")
-    end(children)
-    table = {name: (typical(r)[0], typical(r)[1] - rest[name][0][1]) for name, r in rows.items()}
-    print(f"{'':10}{f'{opt.rows:,} x {opt.vocabulary:,}':24}{'ms':>10}{'x ours':>8}{'peak MB':>10}{'ours / it':>10}")
-    report("head", table)
-    print(f"KL and CE: {rows['ours'][0][2]} and {rows['all logits'][0][2]}")
-    return table
+def show_against(place, rows):
+    for name, r in rows.items():
+        first = rows.get("ours", r)
+        line(place, name, 1e3 * r["seconds"], r["seconds"] / first["seconds"], r["peak"] / GB, first["peak"] / r["peak"],
+             r.get("difference"))
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Growth, and the arithmetic of --dry-run
-
-
-def rank(opt, number, world, port):
-    """A child that is one of `world` processes of a training step, each with its part of eight rows."""
-    for scope in ("", "LOCAL_"):
-        os.environ.update({f"{scope}RANK": str(number), f"{scope}WORLD_SIZE": str(world)})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    s = replace(settings(opt, "c4"), threads=int(os.environ["OMP_NUM_THREADS"]))
-    step = stepper(opt, build(opt.folder, opt), ranks=distill.start(s))
-    batch = document(opt.folder, 8 // world, 128, 64).to(opt.device)
-    return dict(step=lambda: step(batch, 2))
-
-
-def divided(opt, world):
-    """Seconds of a step divided among `world` processes: the slowest one's, median of the rounds."""
-    port, times = 20000 + (os.getpid() + world) % 10000, []
-    children = start(opt, {n: (rank, n, world, port) for n in range(world)})
-    for _ in range(opt.repeats + 1):
-        for child in children.values():
-            child.pipe.send(("step", ()))
-        times.append(max(child.hear()[0] for child in children.values()))
-    end(children)
-    return statistics.median(times[1:])
-
-
-def growth(opt):
-    """A step of c4, Stage 2, against what makes it larger, one thing at a time."""
-    step, table = stepper(opt, build(opt.folder, opt)), {}
-    sweeps = {"text tokens": {n: (1, n, 0) for n in (512, 1024, 2048, 4096, 8192)},     # rows, text, visual
-              "visual tokens": {n: (1, 64, n) for n in (64, 256, 1024, 4096)},
-              "rows": {n: (n, 128, 64) for n in (1, 2, 4, 8, 16)}}
-    for name, sizes in sweeps.items():
-        batches = {n: document(opt.folder, *size).to(opt.device) for n, size in sizes.items()}
-        table[name] = timed({n: partial(step, b, 2) for n, b in batches.items()}, opt.repeats, opt.device)
-    table["processes that share 8 rows"] = {n: divided(opt, n) for n in opt.processes}
-    for name, curve in table.items():
-        print(f"seconds a step by {name}: " + ", ".join(f"{n} {t:.3f}" for n, t in curve.items()))
-    plot(opt, [("seconds a step", name, {"": list(curve.items())}) for name, curve in table.items()])
-    return table
-
-
-def trainee(opt):
-    step = stepper(opt, build(opt.folder, opt))
-    batch = document(opt.folder, 1, opt.text, opt.visual).to(opt.device)
-    return dict(train=lambda stage: step(batch, stage), tokens=lambda: batch.ids.shape[1])
-
-
-def promised(opt, tokens):
-    """{part: bytes} that distill.py --dry-run names for micro-batches of so many tokens."""
-    with redirect_stdout(StringIO()) as said:
-        distill.main(["--dry-run", "--teacher", opt.folder, "--micro-tokens", str(tokens),
-                      "--device", opt.device, "--dtype", opt.dtype])
-    parts = re.search(r"needs about [\d.,]+ GB: (.*)", said.getvalue()).group(1).split(", ")
-    return {name: float(size.replace(",", "")) * GB for name, size in map(str.split, parts)}
-
-
-def step(opt):
-    """One optimiser step on one document with the optimiser's state in place: time, peak, and the promise."""
-    child = start(opt, {"c4": (trainee,)})
-    (_, resting, tokens), (seconds, peak, loss) = child["c4"]("tokens"), child["c4"]("train", opt.stage)
-    end(child)
-    said = promised(opt, tokens)
-    total = sum(said.values())
-    print(f"c4, Stage {opt.stage}, one document of {tokens} tokens: {seconds:.1f} s, loss {loss:.4g}, peak "
-          f"{peak / GB:.2f} GB, of which {resting / GB:.2f} stood before the step")
-    print(f"--dry-run says {total / GB:.2f}: " + ", ".join(f"{k} {v / GB:.2f}" for k, v in said.items())
-          + f"; measured / said = {peak / total:.2f}")
-    return dict(tokens=tokens, seconds=seconds, peak=peak, resting=resting, said=said)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The scan: ours, state-spaces' ssd_minimal_discrete (mamba_ssm/modules/ssd_minimal.py of github.com/
-# state-spaces/mamba, read from where you keep it), and transformers' stand-in for the kernel
-
-
-def own(chunk, path=None):
-    return lambda x, dt, A, B, C: ssd(x, dt, A, B, C, chunk=chunk)[0]
-
-
-def minimal(chunk, path):
-    """The listing as a module; the fused kernel it imports for its own test is stubbed if absent."""
-    for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", "mamba_ssm.ops.triton.ssd_combined"):
-        sys.modules.setdefault(name, types.ModuleType(name)).mamba_chunk_scan_combined = None
-    module = types.ModuleType("ssd_minimal")
-    exec(compile(Path(path).read_text(), path, "exec"), module.__dict__)
-
-    def run(x, dt, A, B, C):
-        pad = -x.shape[1] % chunk                                      # the listing wants whole chunks
-        X, A, B, C = (F.pad(z, (0, 0) * (z.dim() - 2) + (0, pad)) for z in (x * dt[..., None], dt * A, B, C))
-        return module.ssd_minimal_discrete(X, A, B, C, chunk)[0][:, :x.shape[1]]
-    return run
-
-
-def fallback(chunk, path=None):
-    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
-    scan = getattr(mamba2_chunk_scan, "__wrapped__", mamba2_chunk_scan)
-    return lambda x, dt, A, B, C: scan(x, dt, A, B, C, chunk)
-
-
-SCANS = {                                                 # how to make the function, chunk sizes to try
-    "ours": (own, (None,)),
-    "ssd_minimal": (minimal, (64, 128, 256)),
-    "transformers": (fallback, (64, 128, 256)),
-}
-
-
-def scan_inputs(T, opt):
-    """As many groups as heads, as the listing wants it; decays from quick to slow."""
-    torch.manual_seed(0)
-    x, B, C = (torch.randn(opt.batch, T, opt.H, opt.P) for _ in range(3))
-    dt = F.softplus(torch.randn(opt.batch, T, opt.H) - 4)
-    return [z.requires_grad_() for z in (x, dt, -torch.exp(torch.rand(opt.H)), B, C / opt.P ** 0.5)]
-
-
-def there_and_back(f, args, weight):
-    y = f(*args)
-    y.backward(weight)
-    for z in args:
-        z.grad = None
-    return y.detach()
-
-
-def scanner(opt, row, chunk):
-    f, args = SCANS[row][0](chunk, opt.ssd_minimal), scan_inputs(opt.T, opt)
-    weight = torch.randn_like(args[0])
-    there_and_back(f, scan_inputs(64, opt), weight[:, :64])    # loads code and allocates scratch once
-    return dict(run=lambda: there_and_back(f, args, weight).numpy(), rest=lambda: None)
+# The scan
 
 
 def scan(opt):
-    """Forward and backward, peers in turn: the least time, and the memory that a run adds to its inputs."""
-    if opt.growth:
-        sizes = {2 ** k: scan_inputs(2 ** k, opt) for k in range(12, 18)}
-        times = timed({T: partial(there_and_back, own(None), args, torch.ones_like(args[0]))
-                       for T, args in sizes.items()}, opt.repeats, "cpu")
-        for T, t in times.items():
-            print(f"T={T:7} {1e3 * t:8.0f} ms   over T / 2: {t / times.get(T // 2, math.nan):.2f}")
-        return times
-    have = dict(ours=True, ssd_minimal=opt.ssd_minimal, transformers=importlib.util.find_spec("transformers"))
-    children = start(opt, {f"{row} {chunk or ''}": (scanner, row, chunk) for row, (_, chunks) in SCANS.items()
-                           if have[row] for chunk in chunks})
-    rest = take_turns(children, 1, "rest")
-    rows, table = take_turns(children, opt.repeats, "run"), {}
-    end(children)
-    reference = torch.from_numpy(rows["ours "][0][2])
-    for name, rounds in rows.items():
-        y = torch.from_numpy(rounds[0][2])
-        table[name] = dict(seconds=min(r[0] for r in rounds), bytes=rounds[0][1] - rest[name][0][1],
-                           difference=((y - reference).norm() / reference.norm()).item())
-    print(f"{'chunk':20}{'ms':>8}{'x ours':>8}{'MB':>8}{'x ours':>8}{'difference':>12}")
-    for name, r in table.items():
-        print(f"{name:20}{1e3 * r['seconds']:8.0f}{r['seconds'] / table['ours ']['seconds']:8.2f}"
-              f"{r['bytes'] / 1e6:8.0f}{r['bytes'] / table['ours ']['bytes']:8.2f}{r['difference']:12.1e}")
+    """Forward, and forward with backward: time, the memory that a run adds to its inputs, and errors."""
+    have = {"ours": True, "ssd_minimal": opt.ssd_minimal, "transformers": importlib.util.find_spec("transformers"),
+            "Triton": kernel("mamba_ssm.ops.triton.ssd_combined", torch.empty(0, device=opt.device))}
+    contenders = {" ".join([row, *[str(chunk)] * bool(chunk)]): (Scanner, row, chunk)
+                  for row, (_, chunks) in SCANS.items() if have[row] for chunk in chunks}
+    calls = [(task, task) for task in ["errors"] + (opt.repeats + 1) * ["forward", "both"]]
+    table = {}
+    head("chunk", "fwd ms", "+ bwd ms", "x ours", "added MB", "x ours", "error y", "of grads")
+    for name, took in measure(opt, contenders, calls).items():
+        took = {task: rounds for (_, task), rounds in took.items()}
+        if len(took.get("both", ())) > 1 and len(took.get("forward", ())) > 1:
+            added = max(t.peak - t.start for t in took["both"][1:])
+            r = table[name] = dict(forward=median(took["forward"][1:]), both=median(took["both"][1:]), added=added,
+                                   errors=took["errors"][0].answer if "errors" in took else (None, None))
+            first = table.get("ours", r)
+            line(name, 1e3 * r["forward"], 1e3 * r["both"], r["both"] / first["both"], added / 1e6,
+                 added / first["added"], *r["errors"])
     return table
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Pictures, records, and the command line
-
-INKS, INK, RULE = [(96, 104, 118), (208, 92, 36)], (60, 60, 70), (226, 227, 231)
+# Tables, pictures, records, and the command line
 
 
-def short(x):
-    """4096 -> 4k, 1048576 -> 1M; else three digits."""
-    for unit, name in ((2 ** 20, "M"), (2 ** 10, "k")):
-        if x >= unit and x % unit == 0:
-            return f"{int(x // unit)}{name}"
-    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+def head(*cells):
+    print("\n" + "".join(f"{c:>12}" for c in cells), flush=True)
 
 
-def axis(values):
-    """Rungs of 1, 2, 5, 10 ... that enclose the values, thinned to at most eight."""
-    ladder = [m * 10.0 ** e for e in range(-9, 13) for m in (1, 2, 5)]
-    low = max(v for v in ladder if v <= min(values))
-    high = min(v for v in ladder if v >= max(values) and v > low)
-    rungs = [v for v in ladder if low <= v <= high]
-    return low, high, rungs[::-(-len(rungs) // 8)]
+def line(*cells):
+    """A line of a table, numbers to three digits at least."""
+    def show(c):
+        if isinstance(c, float):
+            return f"{c:.3g}" if c < 100 else f"{c:,.0f}"
+        return "-" if c is None else str(c)
+    print("".join(f"{show(c):>12}" for c in cells), flush=True)
 
 
-def plot(opt, panels, w=840, h=560):
-    """Log-log lines to results/bench-COMMAND-MODEL.png. panels: [(title, x label, {name: [(x, y)]})]."""
-    panels = [p for p in panels if any(p[2].values())]
-    sheet = Image.new("RGB", (2 * w, -(-len(panels) // 2) * h), "white")
-    pen, font, bold = ImageDraw.Draw(sheet), ImageFont.load_default(22), ImageFont.load_default(26)
-    for i, (title, label, series) in enumerate(panels):
-        left, right, top, bottom = i % 2 * w + 120, i % 2 * w + w - 50, i // 2 * h + 80, i // 2 * h + h - 100
-        xs, ys = ({p[k] for line in series.values() for p in line} for k in (0, 1))
-        low, high, rungs = axis(ys)
-        wide = math.log(max(xs) / min(xs)) or 1
+INKS = {"teacher": ("#606876", "s"), "hybrid": ("#d05c24", "o"), "transformers": ("#2f6fb2", "^")}
 
-        def at(x, y):
-            return (left + math.log(x / min(xs)) / wide * (right - left),
-                    bottom - math.log(y / low) / math.log(high / low) * (bottom - top))
-        for y in rungs:
-            pen.line([(left, at(min(xs), y)[1]), (right, at(min(xs), y)[1])], RULE, 2)
-            pen.text((left - 12, at(min(xs), y)[1]), short(y), INK, font, anchor="rm")
-        for x in xs:
-            pen.text((at(x, low)[0], bottom + 14), short(x), INK, font, anchor="mt")
-        pen.text((left, top - 24), title, "black", bold, anchor="ls")
-        pen.text(((left + right) // 2, bottom + 50), label, INK, font, anchor="mt")
-        for k, (name, line) in enumerate(series.items()):
-            pen.line([at(*p) for p in line], INKS[k], 4, joint="curve")
-            for x, y in (at(*p) for p in line):
-                pen.ellipse((x - 7, y - 7, x + 7, y + 7), INKS[k])
-            pen.text((right - 130 * (len(series) - 1 - k), top - 24), name, INKS[k], font, anchor="rs")
-    path = HERE / "paper" / "results" / f"bench-{opt.command}-{Path(opt.model).name}.png"
-    path.parent.mkdir(exist_ok=True)
-    sheet.resize((w, sheet.height // 2), Image.LANCZOS).save(path)
+
+def draw_contexts(opt, table):
+    """bench-contexts-MODEL.png: Fig. 5, with the floors dotted, and the paper's speed-up beside ours."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    panels = {"first_token": ("time to first token, s", 1), "step": ("decode step at batch 1, ms", 1e3),
+              "peak": ("peak memory of decoding at batch 1, GB", 1 / GB)}
+    for ax, (key, (title, scale)) in zip(axes.flat, panels.items()):
+        for name, (ink, marker) in INKS.items():
+            rows = [(T, at["batch 1"][name]) for T, at in table.items() if key in at["batch 1"].get(name, ())]
+            for what, style in ((key, dict(marker=marker, label=name)), (key + "_floor", dict(linestyle=":"))):
+                ax.plot(*[[], []] if not rows or what not in rows[0][1] else
+                        zip(*[(T, r[what] * scale) for T, r in rows]), color=ink, **style)
+        ax.set(yscale="log")
+        ax.set_title(title + (", and its floor (dotted)" if key != "peak" else ""), loc="left")
+    last = axes.flat[3]
+    for at, style in (("batch 1", dict(marker="o")), ("equal memory", dict(marker="D", linestyle="--"))):
+        rows = [(T, t[at]["ratios"]["tokens_s"]) for T, t in table.items() if "ratios" in t[at]]
+        last.plot(*zip(*rows) if rows else [[], []], color=INKS["hybrid"][0], label=at, **style)
+    last.plot(*zip(*SPEEDUP.items()), "kx", label="the paper (vLLM, H100)")
+    last.set_title("tokens/s, hybrid over teacher", loc="left")
+    last.set_ylim(bottom=0)
+    for ax in axes.flat:
+        ticks = sorted({*table, *(SPEEDUP if ax is last else ())})
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(ticks, [f"{T // 1024}k" if T >= 1024 else T for T in ticks])
+        ax.set_xlabel("context, tokens")
+        ax.grid(alpha=0.3)
+        ax.legend(frameon=False)
+    path = Path(opt.out) / f"bench-contexts-{Path(opt.model).name}.png"
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
     print(path)
 
 
+def device_name(opt):
+    if opt.device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    named = [text.split(":")[1].strip() for text in info.splitlines() if text.startswith("model name")]
+    return named[0] if named else platform.processor() or "CPU"
+
+
+def installed(package):
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def record(opt, result):
-    """Keeps the result in results/bench.json under its command and model, and prints it as the last line."""
-    path = HERE / "paper" / "results" / "bench.json"
-    model = "growth" if opt.command == "scan" and opt.growth else Path(getattr(opt, "model", opt.command)).name
+    """Keeps the result in bench.json under command, model and device, and prints it as the last line."""
+    path, model = Path(opt.out) / "bench.json", Path(opt.model).name
+    device = ", ".join(filter(None, [device_name(opt), opt.dtype, opt.label]))
+    asked = {k: v for k, v in vars(opt).items() if k not in ("folder", "command", "libraries", "out")}
+    new = dict(date=date.today().isoformat(), threads=torch.get_num_threads(),
+               versions={p: installed(p) for p in ("torch", "transformers", "mamba-ssm", "triton")},
+               switches={k: v for k, v in os.environ.items() if k.startswith("HEED_")}, asked=asked, result=result)
     kept = json.loads(path.read_text()) if path.exists() else {}
-    asked = {k: v for k, v in vars(opt).items() if k not in ("folder", "command")}
-    new = dict(asked=asked, threads=torch.get_num_threads(), torch=torch.__version__, result=result)
-    kept.setdefault(opt.command, {})[model] = new
-    path.parent.mkdir(exist_ok=True)
+    kept.setdefault(opt.command, {}).setdefault(model, {})[device] = new
     path.write_text(json.dumps(kept, indent=1) + "\n")
-    print(json.dumps({opt.command: {model: new}}))
+    print(json.dumps({opt.command: {model: {device: new}}}))
 
 
-COMMANDS = {              # command: (function, {flag: (default, what it is)}); a list takes several values
-    "contexts": (contexts, dict(
-        contexts=([4096, 32768, 131072], "positions before the first decode step"),
-        prefill_upto=(32768, "contexts up to this one are read in full; beyond, attention's cache is random"),
-        teacher_upto=(131072, "beyond this context the hybrid runs alone"),
-        budget=(4.0, "GB for weights, cache and states: at equal memory, the largest batch that fits"),
-        chunk=(512, "positions that a prefill takes at once"),
-        steps=(16, "decode steps"), repeats=(1, "prefills"),
-        compile=(False, "torch.compile the mixers' decode step"),
-        mixer=("mamba2", "of the hybrid: mamba2, gdn or FILE.py:CLASS"),
-        hybrid=("", "folder of a distilled student, in place of a fresh hybrid of --model"))),
-    "train": (train, dict(tokens=(5000, "of the step"), repeats=(5, "rounds"))),
-    "against": (against, dict(
-        text=(1024, "text tokens of the prompt"), visual=(1024, "visual tokens of its page"),
-        rows=(16, "questions that are answered at once"), new=(32, "tokens of each answer"),
-        steps=(32, "decode steps"), tokens=(5000, "of the distillation step"), repeats=(3, "rounds"))),
-    "head": (head, dict(
-        rows=(4096, "supervised positions"), vocabulary=(151936, "rows of the head"), width=(64, "of hidden states"),
-        repeats=(1, "rounds"))),
-    "growth": (growth, dict(processes=([1, 2], "to divide a step among"), repeats=(3, "rounds"))),
-    "step": (step, dict(text=(64, "text tokens of the question"), visual=(440, "visual tokens of the page"),
-                        stage=(3, "1, 2 or 3"))),
-    "scan": (scan, dict(
-        T=(16384, "positions"), H=(8, "heads"), P=(64, "head and state dim"), batch=(1, "rows"),
-        repeats=(3, "rounds"), ssd_minimal=("", "where ssd_minimal.py is"),
-        growth=(False, "ours alone, T up to 131,072"))),
+COMMANDS = dict(contexts=contexts, train=train, against=against, scan=scan)
+FLAGS = {                 # flag: (commands, default, what it is); a type for a default: `parse` chooses one
+    "model": ("contexts train against", "tiny", "folder of a checkpoint or a config.json, or tiny, wide, 2b, 8b"),
+    "contexts": ("contexts", [4096, 32768, 131072], "positions before the first decode step"),
+    "prefill_upto": ("contexts", 32768, "contexts up to this one are read in full"),
+    "budget": ("contexts", float, "GB of weights, cache and states at equal memory [the GPU's, or 4]"),
+    "transformers": ("contexts", False, "transformers' model as a third contender"),
+    "mixer": ("contexts", "mamba2", "of the hybrid: mamba2, gdn or FILE.py:CLASS"),
+    "chunk": ("contexts against", int, "positions that a prefill takes at once, 0: all [512 on a CPU by context, else 0]"),
+    "eager": ("contexts against", False, "decode without CUDA graphs"),
+    "steps": ("contexts against", 16, "decode steps"),
+    "rows": ("train against", int, "of a random micro-batch; 0: one of the embedded world [4 in train of large models, else 0]"),
+    "text": ("train against", 1022, "text tokens of a row, or of the prompt"),
+    "visual": ("train against", 1024, "visual tokens of a row, or of the prompt"),
+    "tokens": ("train against", int, "of the embedded world's micro-batch [5000; large models 2000]"),
+    "recompute": ("train against", False, "as in distill.py: less memory, more time"),
+    "questions": ("against", 16, "pages answered at once"),
+    "new": ("against", 32, "tokens of each answer"),
+    "T": ("scan", int, "positions [8192 on a GPU, else 16384]"),
+    "H": ("scan", int, "heads [32 on a GPU, else 8]"),
+    "G": ("scan", 8, "groups"),
+    "P": ("scan", int, "head and state dim [128 on a GPU, else 64]"),
+    "batch": ("scan", 1, "rows"),
+    "ssd_minimal": ("scan", "", "where ssd_minimal.py is"),
+    "repeats": ("contexts train against scan", 2, "rounds, beside the warm-up"),
+    "device": ("contexts train against scan", "", "cuda or cpu [cuda where there is one]"),
+    "dtype": ("contexts train against scan", "", "of weights and activations [bfloat16 on a GPU, else float32]"),
+    "label": ("contexts train against scan", "", "added to the device's name in bench.json, to keep runs apart"),
+    "out": ("contexts train against scan", str(ROOT / "paper" / "results"), "folder of bench.json and pictures"),
 }
 
 
 def parse(argv):
-    command = argv[0] if argv and argv[0] in COMMANDS else "contexts"
-    here = device_of()
-    model = dict(model=("tiny", "folder of a checkpoint or a config.json, or one of " + ", ".join(SHAPES)),
-                 device=(here.type, "cuda or cpu"),
-                 dtype=(str(dtype_of("", here)).removeprefix("torch."), "of weights and activations"))
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(f"bench.py {command}", description=__doc__, formatter_class=raw)
-    for name, (default, why) in ((model if command not in ("scan", "head") else {}) | COMMANDS[command][1]).items():
-        many = dict(nargs="+") if isinstance(default, list) else {}
-        kind = dict(type=type(default[0] if many else default), **many) if default is not False else \
-            dict(action="store_true")
-        parser.add_argument("--" + name.replace("_", "-"), default=default, help=why, **kind)
-    opt = parser.parse_args(argv[1:] if argv[:1] == [command] else argv)
+    parser = argparse.ArgumentParser("bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, f in COMMANDS.items():
+        one = commands.add_parser(command)
+        for name, (of, default, why) in FLAGS.items():
+            if command in of.split():
+                kind = dict(action="store_true") if default is False else \
+                    dict(type=type(default[0]), default=default, nargs="+") if isinstance(default, list) else \
+                    dict(type=default) if isinstance(default, type) else dict(type=type(default), default=default)
+                one.add_argument("--" + name.replace("_", "-"), help=why, **kind)
+    opt = parser.parse_args(argv)
     if getattr(opt, "ssd_minimal", "") and not Path(opt.ssd_minimal).is_file():
         parser.error(f"--ssd-minimal {opt.ssd_minimal}: there is no such file")
     try:
-        device_of(getattr(opt, "device", "cpu"))
+        opt.device = device_of(opt.device).type
     except ValueError as error:
         parser.error(str(error))
-    return argparse.Namespace(**{"device": "cpu", **vars(opt), "command": command})
+    opt.dtype = str(dtype_of(opt.dtype, opt.device)).removeprefix("torch.")
+    opt.model = getattr(opt, "model", "scan")
+    cuda, small = opt.device == "cuda", opt.model in ("tiny", "wide")
+    chosen = dict(budget=torch.cuda.get_device_properties(0).total_memory / GB if cuda else 4.0,
+                  chunk=512 if opt.command == "contexts" and not cuda else 0, tokens=5000 if small else 2000,
+                  rows=4 if opt.command == "train" and not small else 0,
+                  T=8192 if cuda else 16384, H=32 if cuda else 8, P=128 if cuda else 64)
+    for name, value in chosen.items():
+        if getattr(opt, name, 0) is None:
+            setattr(opt, name, value)
+    return opt
 
 
 def main(argv):
     opt = parse(argv)
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    # One thread can be timed on a busy machine; beside a GPU the CPU only draws the mixers' weights.
+    torch.set_num_threads(os.cpu_count() if opt.device == "cuda" else int(os.environ["OMP_NUM_THREADS"]))
+    Path(opt.out).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            opt.folder = folder_of(opt.model, scratch) if "model" in opt else ""
+            opt.folder = folder_of(opt.model, scratch) if opt.command != "scan" else ""
         except (OSError, ValueError) as error:
             sys.exit(f"--model {opt.model}: {error}")
-        record(opt, COMMANDS[opt.command][0](opt))
+        record(opt, COMMANDS[opt.command](opt))
 
 
 if __name__ == "__main__":

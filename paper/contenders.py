@@ -1,0 +1,564 @@
+"""What bench.py measures: models that read, write, train and scan, ours and others'; and what these must hold, read and
+compute at the least, whoever does it. A contender is a class whose methods are its tasks.
+
+    Reader, TransformersReader      prompts, decode steps, answers
+    Trainer, TransformersTrainer    a distillation step; theirs the obvious way
+    Scanner                         mamba2.ssd; ssd_minimal_discrete and the Triton kernels of state-spaces (mamba_ssm/
+                                    modules/ssd_minimal.py of github.com/state-spaces/mamba, read from where you keep
+                                    it); transformers' stand-in for these kernels
+
+Letters: B batch, T positions, D model width, H heads, G key/value groups, P head dim, V vocabulary.
+"""
+import json
+import os
+import shutil
+import sys
+import types
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import distill
+import loop
+import mamba2
+from data import IGNORED, Batch, Plan, Processor, collate, loader
+from model import Attention, Config, KVCache, Qwen3VL, TextConfig, VisionConfig, to_hybrid
+from synthdoc import World
+
+ROOT, GB = Path(__file__).parents[1], 2 ** 30
+ROOM, TOKEN = 256, 20     # positions that a random cache leaves for decoding, and what is written there
+SHAPES = {                # what differs from the embedded teacher: text, vision, whether embeddings are tied
+    "tiny": ({}, {}, True),
+    "wide": (dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=16, num_attention_heads=8,
+                  num_key_value_heads=2, head_dim=64, mrope_section=[12, 10, 10]),
+             dict(out_hidden_size=512), True),
+    "2b": (dict(vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28,
+                num_attention_heads=16, num_key_value_heads=8, head_dim=128, mrope_section=[24, 20, 20]),
+           dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, patch_size=16,
+                out_hidden_size=2048, num_position_embeddings=2304, deepstack_visual_indexes=[5, 11, 17]), True),
+    "8b": (asdict(TextConfig()), asdict(VisionConfig()), False),
+}
+
+# ---------------------------------------------------------------------------------------------------------
+# Models and what they read
+
+
+def folder_of(model, scratch):
+    """model itself; where it has no tokenizer, scratch with its shape and the embedded tokenizer and ids."""
+    tiny = Config.from_folder(ROOT / "tiny")
+    if model == "tiny":
+        return str(ROOT / "tiny")
+    if model in SHAPES:
+        text, vision, tied = SHAPES[model]
+        config = replace(tiny, text=replace(tiny.text, **text), vision=replace(tiny.vision, **vision),
+                         tie_word_embeddings=tied)
+    elif (Path(model) / "tokenizer.json").is_file():
+        return str(model)
+    else:
+        bare = Config.from_folder(model)
+        config = replace(tiny, **{n: getattr(bare, n) for n in ("text", "vision", "tie_word_embeddings")})
+    (Path(scratch) / "config.json").write_text(json.dumps(config.to_json()))
+    shutil.copy(ROOT / "tiny" / "tokenizer.json", scratch)
+    return str(scratch)
+
+
+def build(opt):
+    """The checkpoint in opt.folder, or random weights of its shape where it holds none."""
+    dtype = getattr(torch, opt.dtype)
+    if any(Path(opt.folder).glob("model*.safetensors")):
+        return Qwen3VL.from_pretrained(opt.folder, dtype, opt.device)
+    with torch.device("meta"):
+        model = Qwen3VL(Config.from_folder(opt.folder))
+    model = model.to(dtype).to_empty(device=opt.device).eval()
+    if model.config.tie_word_embeddings:                  # to_empty made two of one
+        model.lm_head.weight = model.model.language_model.embed_tokens.weight
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        p.data.normal_(0, 0.02) if p.dim() > 1 else p.data.fill_(name.endswith("weight"))
+    return model.requires_grad_(False)
+
+
+def as_transformers(model, own=False):
+    """transformers' model on the same tensors, or with own=True on copies."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration as Theirs
+    config = {k: v for k, v in model.config.to_json().items() if k not in ("architectures", "model_type")}
+    with torch.device("meta"):
+        theirs = Theirs._from_config(Qwen3VLConfig(**config), attn_implementation="sdpa")
+    state = {k: v.clone() if own else v for k, v in model.state_dict().items()}
+    theirs.load_state_dict(state, assign=True)
+    theirs.tie_weights()
+    for name, buffer in list(theirs.named_buffers()):     # rotary frequencies are in no checkpoint
+        if "inv_freq" in name:
+            owner, _, last = name.rpartition(".")
+            n, theta = len(buffer), 1e4 if "visual" in name else model.config.text.rope_theta
+            frequencies = theta ** -(torch.arange(n, device=model.lm_head.weight.device).float() / n)
+            theirs.get_submodule(owner).register_buffer(last, frequencies, persistent=False)
+    return theirs.requires_grad_(False).eval()
+
+
+def random_ids(config, rows, T):
+    ids = torch.randint(10, config.text.vocab_size, (rows, T))
+    return ids.masked_fill_((ids == config.image_token_id) | (ids == config.video_token_id), 9)
+
+
+def random_batch(config, rows, text, visual):
+    """Batch of equal rows: an image of about `visual` visual tokens (0: none), then `text` supervised tokens."""
+    torch.manual_seed(0)                                  # the same for all contenders
+    v, side = config.vision, round(visual ** 0.5)         # of the square image, in visual tokens
+    seen = side ** 2 + 2 * (visual > 0)
+    ids = random_ids(config, rows, seen + text)
+    labels = ids.clone()
+    labels[:, :seen] = IGNORED
+    names, mask = ["page"] * rows, torch.ones_like(ids, dtype=torch.bool)
+    if not visual:
+        return Batch(ids, mask, labels, None, None, names, names)
+    ids[:, 0], ids[:, 1:seen - 1], ids[:, seen - 1] = \
+        config.vision_start_token_id, config.image_token_id, config.vision_end_token_id
+    side *= v.spatial_merge_size                          # in patches
+    pixels = torch.randn(rows * side ** 2, v.in_channels * v.temporal_patch_size * v.patch_size ** 2)
+    return Batch(ids, mask, labels, pixels, torch.tensor([[1, side, side]] * rows), names, names)
+
+
+def world_batch(opt):
+    """A micro-batch of the embedded world, as distill.py draws it."""
+    world, processor = World("train", 0), Processor(opt.folder)
+    plan = Plan(world, processor, 0, opt.tokens, opt.tokens)
+    return next(iter(loader(world, processor, plan))).to(opt.device)
+
+
+def questions(opt):
+    """Evaluation pages of the embedded world, each with a question: a left-padded batch of opt.questions."""
+    world, processor = World("eval", 0, "reading"), Processor(opt.folder)
+    samples = [replace(world[i], messages=world[i].messages[:1]) for i in range(opt.questions)]
+    encoded = [processor.encode(sample, add_generation_prompt=True) for sample in samples]
+    return collate(encoded, processor.pad_id, side="left").to(opt.device)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What must be held, read and computed
+
+
+def state_bytes(text, width):
+    """Of a Mamba-2 layer and row: the state (fp32) and the convolution's last inputs. width: bytes of a number."""
+    H, G, P = text.num_attention_heads, text.num_key_value_heads, text.head_dim
+    return H * P * P * 4 + 3 * (2 * G + H) * P * width
+
+
+def cache_bytes(text, mixers, T, width, rows=1):
+    """What decoding carries along after T positions, where `mixers` of the layers have Mamba-2."""
+    keys_and_values = 2 * text.num_key_value_heads * T * text.head_dim * width
+    return rows * (keys_and_values * (text.num_hidden_layers - mixers) + mixers * state_bytes(text, width))
+
+
+def held(states):
+    """What cache_bytes counts, on the tensors; room to spare in attention's buffers does not count."""
+    return sum((t[:, :, :s.length] if isinstance(s, KVCache) else t).numel() * t.element_size()
+               for s in states for t in s if isinstance(t, torch.Tensor))
+
+
+def largest_batch(budget, weights, row):
+    """Rows that fit beside the weights; all in bytes."""
+    return max(0, int((budget - weights) // row))
+
+
+def matrices(*modules):
+    """Weights that every position is multiplied with."""
+    return sum(m.weight.numel() for module in modules for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def mixing_flops(layers, T):
+    """What mixers compute beside their linear layers: causal attention, or mamba2.ssd in chunks of P."""
+    return sum(T * m.config.num_attention_heads * m.config.head_dim
+               * (2 * T if isinstance(m, Attention) else 8 * m.config.head_dim) for m in (z.self_attn for z in layers))
+
+
+def forward_flops(layers, T):
+    return 2 * T * matrices(*layers) + mixing_flops(layers, T)
+
+
+def tower_flops(tower, grids):
+    lengths = [h * w for t, h, w in grids.tolist() for _ in range(t)]
+    merged = sum(lengths) // tower.config.spatial_merge_size ** 2
+    linear = sum(lengths) * matrices(tower.blocks) + merged * matrices(tower.merger, tower.deepstack_merger_list)
+    return 2 * linear + 4 * tower.config.depth * tower.config.hidden_size * sum(n ** 2 for n in lengths)
+
+
+def step_flops(o, batch, stage):
+    """Of a micro-batch of the Distillation `o`: for each weight and position two forward, two for the gradient of
+    what goes in, where that leads to a mixer, and two for the weight's own, where it trains."""
+    (rows, T), c = batch.ids.shape, o.student.config.text
+    teacher, student = list(o.teacher.layers), list(o.student.layers)
+    mixed = [student[i] for i in o.replaced]
+    total = 2 * T * sum(p.numel() for p in o.mixers.values() if p.requires_grad and p.dim() > 1)
+    if stage == 3:
+        # The student forward, once more with --recompute, and back, where mixing costs twice.
+        total += forward_flops(teacher, T) + forward_flops(student, T) * (2 + o.student.recompute)
+        total += mixing_flops(student, T)
+        supervised = (batch.labels[:, 1:] != IGNORED).sum().item() / rows
+        total += 5 * 2 * supervised * c.vocab_size * c.hidden_size       # both logits made twice, one differentiated
+    else:
+        total += forward_flops(teacher[:max(o.replaced) + 1], T) + forward_flops(mixed, T) + 2 * mixing_flops(mixed, T)
+        back = len(mixed) * c.num_attention_heads * c.head_dim * c.hidden_size                          # W_O
+        if o.cond.align == "residual":
+            back += matrices(*(layer.mlp for layer in mixed))
+        total += 2 * T * back
+        if o.cond.weight == "fisher":                     # the teacher there and back
+            total += 2 * forward_flops(teacher, T) + mixing_flops(teacher, T)
+    return rows * total + (tower_flops(o.teacher.visual, batch.grids) if batch.grids is not None else 0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading and writing
+
+
+def lengthen(states, T, rows, shared):
+    """A short prompt's states -> those of `rows` rows after T positions: recurrent states repeated, keys and values
+    random. shared: one row of these stands for all, for who copies them into buffers of their own."""
+    longer, keys = [], None
+    for s in states:
+        if not isinstance(s, KVCache):
+            longer.append(type(s)(*(t.repeat(rows, *[1] * (t.dim() - 1)) for t in s)))
+            continue
+        if keys is None or not shared:
+            shape = (1, s.k.shape[1], T + (0 if shared else ROOM), s.k.shape[3])
+            keys = [torch.randn(shape, dtype=t.dtype, device=t.device) for t in (s.k, s.v)]
+            keys = [t.expand(rows, -1, -1, -1) if shared else t.repeat(rows, 1, 1, 1) for t in keys]
+        longer.append(KVCache(*keys, None, T))
+    return longer
+
+
+class Reader:
+    """The teacher, or the hybrid made from it. With opt.text (bench.py against) prompts have a page in them."""
+
+    def __init__(self, opt, name):
+        self.opt, self.model = opt, build(opt)
+        if name == "hybrid":
+            self.model = to_hybrid(self.model, opt.mixer)
+        self.model.config.eos_token_id = []               # no answer ends early
+        self.graph = opt.device == "cuda" and not opt.eager
+        self.asked = questions(opt) if opt.command == "against" else None
+
+    def rest(self):
+        self.states = self.decode = self.model.replayed = None          # the last ones must not count in what follows
+
+    def prefill(self, T, visual=0):
+        self.rest()
+        b = random_batch(self.model.config, 1, T, visual).to(self.opt.device)
+        chunk = self.opt.chunk or None
+        logits, self.states, self.position = self.model.prefill(b.ids, None, b.pixels, b.grids, chunk)
+        return logits[0]
+
+    @torch.inference_mode()
+    def begin(self, T, full):
+        """Readies decoding after T positions, which prefill has read unless T is given: then of one row, or of as many as
+        opt.budget holds."""
+        text, width = self.model.config.text, getattr(torch, self.opt.dtype).itemsize
+        mixers = len((self.model.config.hybrid or {}).get("layers", ()))
+        weights, decoder = (sum(p.nbytes for part in parts for p in part.parameters()) for parts in (
+            [self.model], [self.model.layers, self.model.norm, self.model.lm_head]))
+        # Replayed steps keep recurrent states three times more.
+        row = cache_bytes(text, mixers, T + ROOM, width) + 3 * self.graph * mixers * state_bytes(text, width)
+        rows = largest_batch(self.opt.budget * GB, weights, row) if full else 1
+        if not rows:
+            raise ValueError(f"{self.opt.budget:.1f} GB do not hold the weights and one row")
+        while not self.lengthened(T, rows):               # the count is of what is kept, not of scratch
+            rows -= max(1, rows // 16)
+        T = T or int(self.position[0])
+        return dict(batch=rows, weights=weights, held=self.held, counted=cache_bytes(text, mixers, T, width, rows),
+                    reads=decoder + self.held, flops=forward_flops(self.model.layers, T) + 2 * text.hidden_size * text.vocab_size)
+
+    def lengthened(self, T, rows):
+        """Whether there is memory for so many rows."""
+        try:
+            if T:
+                self.prefill(16)
+                self.states = lengthen(self.states, T, rows, self.graph)
+                self.position = (self.position + T - 16).repeat(rows)
+            self.held, self.tokens = held(self.states), torch.full_like(self.position, TOKEN)
+            states, self.states = self.states, None       # start_decoding empties the list as it goes
+            with warnings.catch_warnings(record=True) as said:
+                self.decode = self.model.start_decoding(states, self.position, self.opt.steps + 2, self.graph)
+            if any("out of memory" in str(w.message) for w in said):
+                raise torch.OutOfMemoryError("a decode step cannot be captured")
+            return True
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
+        return False
+
+    def step(self):
+        return self.decode(self.tokens)[0]
+
+    def generate(self):
+        a = self.asked
+        return torch.tensor(self.model.generate(a.ids, a.mask, a.pixels, a.grids, self.opt.new, graph=self.graph))
+
+
+class TransformersReader:
+    """The teacher by transformers, a row at a time."""
+
+    def __init__(self, opt, name=None):
+        model = build(opt)
+        self.opt, self.config, self.model = opt, model.config, as_transformers(model)
+        self.model.generation_config.eos_token_id = None
+        self.asked = questions(opt) if opt.command == "against" else None
+
+    def rest(self):
+        self.cache = None
+
+    @torch.inference_mode()
+    def prefill(self, T, visual=0):
+        self.rest()
+        b = random_batch(self.config, 1, T, visual).to(self.opt.device)
+        self.model.model.rope_deltas = None
+        out = self.model(**their_inputs(b, self.config), use_cache=True, logits_to_keep=1)
+        self.cache, self.token = out.past_key_values, torch.full((1, 1), TOKEN, device=self.opt.device)
+        return out.logits[0, -1]
+
+    def begin(self, T, full):
+        if full:
+            raise ValueError("a row at a time")
+        if T:
+            self.prefill(16)
+            for layer in self.cache.layers:
+                shape = (1, layer.keys.shape[1], T, layer.keys.shape[3])
+                layer.keys, layer.values = (torch.randn(shape, dtype=t.dtype, device=t.device)
+                                            for t in (layer.keys, layer.values))
+        return dict(batch=1, held=sum(t.nbytes for layer in self.cache.layers for t in (layer.keys, layer.values)))
+
+    @torch.inference_mode()
+    def step(self):
+        return self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True).logits[0, -1]
+
+    def generate(self):
+        inputs = their_inputs(self.asked, self.config)
+        ids = self.model.generate(**inputs, max_new_tokens=self.opt.new, do_sample=False)
+        return ids[:, self.asked.ids.shape[1]:]
+
+
+def their_inputs(b, config):
+    pages = {} if b.pixels is None else dict(pixel_values=b.pixels, image_grid_thw=b.grids)
+    return dict(input_ids=b.ids, attention_mask=b.mask.long(), mm_token_type_ids=(b.ids == config.image_token_id).int(),
+                **pages)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training
+
+
+class Trainer:
+    """A micro-batch and the update after it, as loop.run has them, at a rate that leaves the student alone. It is the
+    same student for all conditions, and AdamW's moments exist from the start, as in every step of a run but its
+    first."""
+
+    def __init__(self, opt, *conds):
+        def settings(cond):
+            flags = ["--teacher", opt.folder, "--cond", cond, "--device", opt.device, "--dtype", opt.dtype]
+            return loop.parse(distill.DistillSettings, distill.DEFAULTS, flags)
+        teacher, self.opt, self.s = build(opt), opt, settings(conds[0])
+        student = distill.convert(self.s, teacher)
+        teacher.recompute = student.recompute = opt.recompute
+        self.objectives = {c: distill.Distillation(settings(c), teacher, student) for c in conds}
+        self.parameters = list(self.objectives[conds[0]].parameters().values())
+        for p in self.parameters:
+            p.requires_grad_(True)
+        self.optimiser = torch.optim.AdamW(loop.groups(self.parameters, self.s.weight_decay), lr=1e-12, betas=(0.9, 0.95))
+        self.autocast = torch.autocast(opt.device, torch.bfloat16, enabled=opt.dtype == "bfloat16")
+        self.batch = random_batch(teacher.config, opt.rows, opt.text, opt.visual).to(opt.device) if opt.rows \
+            else world_batch(opt)
+        self.update(1)                                    # gradients of zero make moments of zero
+
+    def micro(self, cond, stage):
+        """-> loss, and by how much it is to be divided."""
+        self.optimiser.zero_grad(set_to_none=True)        # those of a step that failed
+        label, _ = self.objectives[cond].prepare({1: 0.05, 2: 0.2, 3: 0.7}[stage])
+
+        def backward(part):
+            with torch.autocast(self.opt.device, enabled=False):
+                part.backward()
+            return part.detach()
+        with self.autocast:
+            loss, self.count, _ = self.objectives[cond].loss(self.batch, label, backward)
+        return torch.stack([loss / self.count])
+
+    def update(self, count=None):
+        """-> the gradient's norm."""
+        ranks = loop.Ranks(0, 1, torch.device(self.opt.device))
+        loop.reduce_gradients(ranks, self.parameters, count or self.count)
+        norm = loop.clip_gradients(ranks, self.parameters, self.s.clip)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return norm
+
+    def train(self, stage):
+        loss = self.micro(next(iter(self.objectives)), stage)
+        self.update()
+        return loss
+
+    def counts(self, cond, stage):
+        """-> tokens and floating-point operations of a micro-batch."""
+        self.objectives[cond].prepare({1: 0.05, 2: 0.2, 3: 0.7}[stage])
+        return int(self.batch.mask.sum()), step_flops(self.objectives[cond], self.batch, stage)
+
+
+class Slot(nn.Module):
+    """Our mixer in transformers' attention slot, computing with our scan or with transformers'."""
+
+    def __init__(self, mixer, their_scan):
+        super().__init__()
+        self.mixer, self.scan = mixer, self.other if their_scan else mamba2.ssd
+
+    @staticmethod
+    def other(x, dt, A, B, C, D, state, mask):
+        y = transformers_scan(64)(x, dt, A, B, C)
+        return y + (D[:, None] * x.repeat_interleave(C.shape[2] // x.shape[2], 2)).to(y.dtype), None
+
+    def forward(self, hidden_states, **_):
+        with patch("mamba2.ssd", self.scan):
+            return self.mixer(hidden_states)[0], None
+
+
+class TransformersTrainer:
+    """The obvious way: transformers' teacher, a second full copy with exchanged layers, all logits. In Stages 1 and 2
+    its layers read what hooks saw the teacher's read, and one backward pass follows."""
+
+    def __init__(self, opt, their_scan):
+        source = build(opt)
+        hybrid = to_hybrid(source)
+        self.opt, self.S = opt, hybrid.config.hybrid["layers"]
+        mixers = {i: hybrid.layers[i].self_attn.float().requires_grad_() for i in self.S}
+        self.teacher, self.student = as_transformers(source), as_transformers(source, own=True)
+        self.layers, self.seen = self.student.model.language_model.layers, {}
+        for i, mixer in mixers.items():
+            self.layers[i].self_attn = Slot(mixer, their_scan)
+            self.teacher.model.language_model.layers[i].register_forward_hook(
+                lambda m, args, given, out, i=i: self.seen.update(
+                    {i: (args[0] if args else given["hidden_states"], out)}), with_kwargs=True)
+        self.named = [(n, p) for mixer in mixers.values() for n, p in mixer.named_parameters()]
+        self.inherited, self.parameters = mixers[self.S[0]].INHERITED, [p for _, p in self.named]
+        self.optimiser = torch.optim.AdamW(self.parameters, lr=1e-12, betas=(0.9, 0.95), weight_decay=0.01)
+        self.batch = world_batch(opt)
+        self.inputs = dict(their_inputs(self.batch, source.config), use_cache=False)
+
+    def loss(self, stage):
+        with torch.no_grad():
+            t = self.teacher(**self.inputs)
+        if stage < 3:
+            error = [distill.drift(self.layers[i](self.seen[i][0], position_embeddings=None), self.seen[i][1])
+                     for i in self.S]
+            return torch.stack(error).mean(0)[self.batch.mask].mean()
+        target = distill.following(self.batch.labels)
+        log_q, log_p = (z.float().log_softmax(-1) for z in (self.student(**self.inputs).logits, t.logits))
+        kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)[target != IGNORED].mean()
+        return kl + 0.1 * F.nll_loss(log_q.flatten(0, 1), target.flatten(), ignore_index=IGNORED)
+
+    def train(self, stage):
+        for n, p in self.named:
+            p.requires_grad_(stage > 1 or not n.startswith(self.inherited))
+        with torch.autocast(self.opt.device, torch.bfloat16, enabled=self.opt.dtype == "bfloat16"):
+            loss = self.loss(stage)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        return torch.stack([loss.detach()])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The scan
+
+
+def our_scan(chunk, path=None, kernels="0"):
+    def run(x, dt, A, B, C):
+        with patch.dict(os.environ, HEED_KERNELS=kernels):
+            return mamba2.ssd(x, dt, A, B, C, chunk=chunk)[0]
+    return run
+
+
+def triton_scan(chunk, path=None):
+    return our_scan(chunk, kernels="1")
+
+
+def as_heads(x, dt, A, B, C):
+    """What the others want: as many groups as heads, and fp32 for all."""
+    x, B = (z.repeat_interleave(C.shape[2] // z.shape[2], 2) for z in (x, B))
+    return x.float(), dt, A, B.float(), C.float()
+
+
+def ssd_minimal(chunk, path):
+    """The listing as a module, without the kernel that it imports for a test of its own."""
+    module, stub = types.ModuleType("ssd_minimal"), types.ModuleType("stub")
+    stub.mamba_chunk_scan_combined = None
+    names = ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", "mamba_ssm.ops.triton.ssd_combined")
+    with patch.dict(sys.modules, dict.fromkeys(names, stub)):
+        exec(compile(Path(path).read_text(), path, "exec"), module.__dict__)
+
+    def run(*args):
+        x, dt, A, B, C = as_heads(*args)
+        pad = -x.shape[1] % chunk                         # the listing wants whole chunks
+        X, A, B, C = (F.pad(z, (0, 0) * (z.dim() - 2) + (0, pad)) for z in (x * dt[..., None], dt * A, B, C))
+        return module.ssd_minimal_discrete(X, A, B, C, chunk)[0][:, :x.shape[1]].to(args[0].dtype)
+    return run
+
+
+def transformers_scan(chunk, path=None):
+    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+    scan = getattr(mamba2_chunk_scan, "__wrapped__", mamba2_chunk_scan)
+    return lambda x, *args: scan(*as_heads(x, *args), chunk).to(x.dtype)
+
+
+def recurrence(x, dt, A, B, C):
+    """mamba2.step at every position."""
+    state, ys = x.new_zeros(len(x), C.shape[2], x.shape[3], C.shape[3]), []
+    for t in range(x.shape[1]):
+        y, state = mamba2.step(x[:, t], dt[:, t], A, B[:, t], C[:, t], torch.zeros_like(A), state)
+        ys.append(y)
+    return torch.stack(ys, 1)
+
+
+SCANS = {                                                 # how to make the function, chunk sizes to try
+    "ours": (our_scan, (None,)),
+    "Triton": (triton_scan, (None,)),
+    "ssd_minimal": (ssd_minimal, (64, 128, 256)),
+    "transformers": (transformers_scan, (64, 128, 256)),
+}
+
+
+class Scanner:
+    def __init__(self, opt, row, chunk):
+        self.opt, self.f = opt, SCANS[row][0](chunk, opt.ssd_minimal)
+        self.args, self.weight = self.inputs(opt.T)
+
+    def inputs(self, T):
+        """Arguments of a scan, with decays from quick to slow, x, B and C in opt.dtype; and the gradient of y."""
+        torch.manual_seed(0)
+        b, H, G, P = self.opt.batch, self.opt.H, self.opt.G, self.opt.P
+        x, B, C, weight = (torch.randn(b, T, n, P).to(getattr(torch, self.opt.dtype)) for n in (G, G, H, H))
+        dt, A = F.softplus(torch.randn(b, T, H) - 4), -torch.exp(torch.rand(H))
+        return [z.to(self.opt.device).requires_grad_() for z in (x, dt, A, B, C / P ** 0.5)], weight.to(self.opt.device)
+
+    def forward(self):
+        with torch.no_grad():
+            self.f(*self.args)
+
+    def both(self):
+        there_and_back(self.f, self.args, self.weight)
+
+    def errors(self, T=300):
+        """Of y, and the largest of a gradient: relative to the recurrence in fp64 on the same inputs."""
+        args, weight = self.inputs(T)
+        a = there_and_back(self.f, args, weight)
+        b = there_and_back(recurrence, [z.detach().double().requires_grad_() for z in args], weight)
+        e = [((p.double() - q).norm() / q.norm()).item() for p, q in zip(a, b)]
+        return e[0], max(e[1:])
+
+
+def there_and_back(f, args, weight):
+    """-> y and the gradients of args."""
+    y = f(*args)
+    return [y.detach(), *torch.autograd.grad(y, args, weight.to(y.dtype))]
