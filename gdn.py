@@ -40,11 +40,11 @@ from parts.fast import delta_scan, fla_rule, fused
 @fused
 def step(q, k, v, log_a, beta, state):
     """One position of the rule: q (B,H,N), k (B,G,N), v (B,G,P), log_a, beta (B,H) -> y (B,H,P), state."""
-    k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], dim=1) for z in (k, v))       # groups to heads
+    k, v_ = (z.repeat_interleave(q.shape[1] // z.shape[1], dim=1).to(state.dtype) for z in (k, v))      # groups to heads
     state = torch.exp(log_a)[..., None, None] * state                                   # (B, H, P, N)
-    error = v - (state @ k[..., None]).squeeze(-1)                                      # (B, H, P)
+    error = v_ - (state @ k[..., None]).squeeze(-1)                                     # (B, H, P)
     state = state + (beta[..., None] * error)[..., :, None] * k[..., None, :]
-    return (state @ q[..., None]).squeeze(-1), state
+    return (state @ q[..., None].to(state.dtype)).squeeze(-1).to(v.dtype), state
 
 
 def chunked_delta_rule(q, k, v, log_a, beta, state, Q):
@@ -94,8 +94,8 @@ def delta_rule(q, k, v, log_a, beta, state=None, mask=None, chunk=None):
             return fused
         if T > 1:
             return delta_scan(q, k, v, log_a, beta, state, chunk)
-        y, state = step(*(z[:, 0].to(work) for z in (q, k, v, log_a, beta)), state)
-        return y[:, None].to(v.dtype), state
+        y, state = step(*(z[:, 0] for z in (q, k, v, log_a, beta)), state)
+        return y[:, None], state
 
 
 # ---------------------------------------------------------------------------------------------------------

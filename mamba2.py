@@ -43,7 +43,8 @@ def step(x, dt, A, B, C, D, state):
     x, B = (z.repeat_interleave(C.shape[1] // z.shape[1], dim=1) for z in (x, B))       # groups to heads
     decay = torch.exp(dt * A)[..., None, None]                                          # (B, H, 1, 1)
     state = decay * state + (dt[..., None] * x)[..., :, None] * B[..., None, :]         # (B, H, P, N)
-    return (state @ C[..., None]).squeeze(-1) + D[:, None] * x, state                   # (B, H, P)
+    y = (state @ C[..., None].to(state.dtype)).squeeze(-1) + D[:, None] * x             # (B, H, P)
+    return y.to(x.dtype), state
 
 
 def chunked_ssd(x, dt, A, B, C, D, state, Q):
@@ -90,9 +91,9 @@ def ssd(x, dt, A, B, C, D=None, state=None, mask=None, chunk=None):
     with torch.autocast(x.device.type, enabled=False):
         if T > 1:
             return ssd_scan(x, dt, A, B, C, D, state, chunk)
-        one = (x[:, 0].to(work), dt[:, 0], A, B[:, 0].to(work), C[:, 0].to(work), D, state)
+        one = (x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state)
         y, state = mamba_ssm_step(*one) or step(*one)
-        return y[:, None].to(x.dtype), state
+        return y[:, None], state
 
 
 def causal_conv(u, weight, mask=None, memory=None):
@@ -105,10 +106,11 @@ def causal_conv(u, weight, mask=None, memory=None):
     b, T, E = u.shape
     weight, before = weight.to(u.dtype), weight.shape[1] - 1                            # masters may be fp32
     if mask is None:
-        u = F.pad(u, (0, 0, before, 0)) if memory is None else torch.cat([memory, u], dim=1)
-        memory = u[:, T:]                                                               # (B, W-1, E)
+        memory = u.new_zeros(b, before, E) if memory is None else memory
         if T == 1:                                        # decoding: one product, a tenth of the time below
-            return convolve_one(u, weight), memory
+            return convolve_one(u, memory, weight)
+        u = torch.cat([memory, u], dim=1)
+        memory = u[:, T:]                                                               # (B, W-1, E)
     else:
         # The memory is put right before each row's first real position, and read off after its last one.
         taps = torch.arange(before, device=u.device)

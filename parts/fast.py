@@ -259,15 +259,17 @@ def decayed(z, total):
 
 
 @fused
-def scaled(z, a):
-    """z (rows,Q,.) times a number for each position, a (rows,Q,1)."""
-    return (z * a).to(z.dtype)
+def scaled(x, C, dt, total):
+    """-> what each position adds, as this chunk reads it and as the chunk's end has it; what reads the state before."""
+    u = x * dt                                                                        # (rows, Q, P)
+    return u.to(x.dtype), (u * (total[:, -1:] - total).exp()).to(x.dtype), (C * total.exp()).to(C.dtype)
 
 
 @fused
-def weighted_sum(w, states):
-    """w (bh,n,1), states (bh,n,.) -> (bh,.), in w's dtype, which is fp32."""
-    return (w * states).sum(1)
+def last_state(state, added, w):
+    """The state after all chunks: state (bh,P,N) and what each added (bh,n,P,N), by their decays w (bh,n+1), in fp32."""
+    w = w[..., None, None]
+    return w[:, 0] * state + (w[:, 1:] * added).sum(1)
 
 
 @fused
@@ -277,9 +279,12 @@ def add_skip(y, D, x):
 
 
 def between(total, n):
-    """W (bh,n+1,n+1): the decay of what chunk s added (s = 0: the state before them) to the state after chunk t."""
-    each = F.pad(total[:, -1].view(-1, n), (1, 0)).cumsum(1)[..., None]               # (bh, n + 1, 1)
-    return decayed(torch.ones_like(each).expand(-1, -1, n + 1), each)
+    """Decays among n chunks, from total (bh*n,Q,1): of what chunk s - 1 added (s = 0: the state before all of them) to
+    the state before chunk t (bh,n,n), and to the state after the last (bh,n+1)."""
+    each = F.pad(total[:, -1].view(-1, n), (1, 0)).cumsum(1)                          # (bh, n + 1)
+    before = each[:, :n, None]
+    above = torch.ones(n, n, dtype=torch.bool, device=total.device).triu(1)
+    return (before - before.mT).masked_fill(above, float("-inf")).exp(), (each[:, -1:] - each).exp()
 
 
 def ssd_block(x, dt, B, C, state, A, D, Q):
@@ -287,16 +292,16 @@ def ssd_block(x, dt, B, C, state, A, D, Q):
     (b, T, _, P), (H, N), n = x.shape, C.shape[2:], x.shape[1] // Q
     x, B, C = (to_heads(z, H, Q, z.dtype) for z in (x, B, C))                         # (rows, Q, .)
     total = (dt * A).mT.reshape(-1, Q, 1).cumsum(1)                                   # (rows, Q, 1)
-    dt = dt.mT.reshape(-1, Q, 1)
-    to_end = (total[:, -1:] - total).exp()
-    added = torch.bmm(scaled(x, dt * to_end).mT, B).view(b * H, n, -1)                # (bh, n, P * N)
-    # The state after each chunk is a decaying sum of what they added: one small product.
-    W, states = between(total, n), torch.cat([state.view(b * H, 1, -1).to(added.dtype), added], 1)
-    before = torch.bmm(W[:, :n].to(added.dtype), states).view(-1, P, N)               # (rows, P, N)
+    u, u_end, C_start = scaled(x, C, dt.mT.reshape(-1, Q, 1), total)
+    added = torch.bmm(u_end.mT, B).view(b * H, n, P, N)
+    # The state before each chunk is a decaying sum of what those before it added: one small product.
+    to_each, to_last = between(total, n)
+    earlier = torch.cat([state.flatten(0, 1)[:, None].to(added.dtype), added[:, :-1]], 1).flatten(2)
+    before = torch.bmm(to_each.to(added.dtype), earlier).view(-1, P, N)               # (rows, P, N)
     inside = decayed(torch.bmm(C, B.mT), total)                                       # (rows, Q, Q)
-    y = torch.baddbmm(torch.bmm(scaled(C, total.exp()), before.mT), inside, scaled(x, dt))
-    y = add_skip(y.view(b, H, T, P), D, x.view(b, H, T, P))
-    return y.transpose(1, 2), weighted_sum(W[:, n:].mT, states).view(b, H, P, N)
+    y = torch.baddbmm(torch.bmm(C_start, before.mT), inside, u)
+    y = add_skip(y.view(b, H, T, P), D, x.view(b, H, T, P)).transpose(1, 2)
+    return y, last_state(state.flatten(0, 1), added, to_last).view(b, H, P, N)
 
 
 def delta_block(q, k, v, log_a, beta, state, Q):
@@ -308,22 +313,21 @@ def delta_block(q, k, v, log_a, beta, state, Q):
     (b, T, H, N), P, n, low = q.shape, v.shape[3], q.shape[1] // Q, v.dtype
     q, k, v = (to_heads(z, H, Q, low) for z in (q, k, v))                             # (rows, Q, .)
     total = log_a.mT.reshape(-1, Q, 1).cumsum(1)                                      # (rows, Q, 1)
-    beta, whole = beta.mT.reshape(-1, Q, 1), total[:, -1:]
+    beta, start, whole = beta.mT.reshape(-1, Q, 1), total.exp(), total[:, -1:]
     system = decayed(torch.bmm(k, k.mT), total) * beta.mT                             # (rows, Q, Q), fp32
-    right = torch.cat([v, scaled(k, total.exp())], 2).to(system.dtype)
-    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).to(low)
+    right = torch.cat([v, k * start], 2).to(system.dtype)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     v, w = solved.split([P, N], 2)                                                    # p = v - w S^T
     stored = beta * (whole - total).exp()
-    U = torch.bmm(scaled(v, stored).mT, k).view(b, H, n, P, N).to(state.dtype)
-    F_ = torch.bmm(scaled(w, stored).mT, k).to(state.dtype)
-    F_ = (torch.diag_embed(whole.exp().expand(-1, 1, N)[:, 0]) - F_).view(b, H, n, N, N)
+    U = torch.bmm((stored * v).to(low).mT, k).to(state.dtype).view(b, H, n, P, N)
+    F_ = torch.diag_embed(whole.exp().expand(-1, 1, N)[:, 0]) - torch.bmm((stored * w).to(low).mT, k)
     states = [state]
-    for i in range(n):
-        states.append(states[-1] @ F_[:, :, i] + U[:, :, i])                          # (B, H, P, N)
+    for f, u in zip(F_.view(b, H, n, N, N).unbind(2), U.unbind(2)):
+        states.append(states[-1] @ f + u)                                             # (B, H, P, N)
     before = torch.stack(states[:-1], 2).view(-1, P, N).to(low)                       # (rows, P, N)
-    p = v - torch.bmm(w, before.mT)
+    p = v.to(low) - torch.bmm(w.to(low), before.mT)
     inside = decayed(torch.bmm(q, k.mT), total)
-    y = torch.baddbmm(torch.bmm(scaled(q, total.exp()), before.mT), inside, scaled(p, beta))
+    y = torch.baddbmm(torch.bmm((q * start).to(low), before.mT), inside, (beta * p).to(low))
     return y.view(b, H, T, P).transpose(1, 2), states[-1]
 
 
@@ -453,8 +457,8 @@ class Depthwise(torch.autograd.Function):
 
 def convolve(u, weight):
     """u (B,T+W-1,E), weight (E,W), the current position's tap last -> (B,T,E)."""
-    if fused := kernel("causal_conv1d", u):
-        return fused.causal_conv1d_fn(u.mT, weight).mT[:, weight.shape[1] - 1:]
+    if kernels := kernel("causal_conv1d", u):
+        return kernels.causal_conv1d_fn(u.mT, weight).mT[:, weight.shape[1] - 1:]
     return Depthwise.apply(u, weight)
 
 
@@ -486,35 +490,57 @@ class SwiGLU(torch.autograd.Function):
         return silu_times_backward(d, *ctx.saved_tensors)
 
 
-def rms_norm(x, weight, eps):
-    """x / sqrt(mean of squares + eps) in fp32, rounded to x's dtype, then times weight, as transformers has it. On a GPU
-    in half precision one kernel does all of it, and rounds once."""
-    if x.is_cuda and x.dtype.itemsize == 2:
-        with torch.autocast("cuda", enabled=False):
-            return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
-    return F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype) * weight
-
-
-def rotate(x, cos, sin):
-    """Half-split rotary embedding; cos and sin broadcast against x."""
-    return x * cos + rotate_half(x) * sin
-
-
 def rotate_half(x):
     a, b = x.chunk(2, dim=-1)
     return torch.cat((-b, a), dim=-1)
 
 
-@fused
-def norm_rotate(x, weight, cos, sin, eps):
-    """rms_norm over heads, then the half-split rotary embedding: x (B,H,T,P), cos and sin (B,1,T,P)."""
-    return rotate(F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype) * weight, cos, sin)
+def norm_then_round(x, weight, eps):
+    """RMSNorm as transformers has it: in fp32, rounded to x's dtype, then times weight."""
+    return F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype) * weight
 
 
-@fused
+def norm_in_one(x, weight, eps):
+    """The same in one kernel, which rounds once; for a GPU in half precision."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+
+
+norm_one_position = fused(norm_then_round)                # a step of decoding has one row: compiled, it takes a third
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean of squares + eps) * weight over the last dimension."""
+    if not x.is_cuda or x.dtype.itemsize > 2:
+        return norm_then_round(x, weight, eps)
+    return norm_one_position(x, weight, eps) if x.shape[1] == 1 and not torch.is_grad_enabled() else norm_in_one(x, weight, eps)
+
+
 def norm_scale(x, weight, eps, scale):
-    """rms_norm over heads, in x's dtype, times a constant: autocast would let norms answer in fp32."""
+    """RMSNorm over heads, times a constant, in x's dtype: autocast would let norms answer in fp32."""
+    if x.is_cuda and x.dtype.itemsize == 2:
+        return norm_in_one(x, weight * scale, eps)
     return (F.rms_norm(x, x.shape[-1:], weight, eps) * scale).to(x.dtype)
+
+
+@fused
+def rotate(x, cos, sin):
+    """Half-split rotary embedding; cos and sin broadcast against x."""
+    return x * cos + rotate_half(x) * sin
+
+
+@fused
+def norm_and_rotate(x, weight, cos, sin, eps):
+    x = norm_then_round(x, weight, eps)
+    return x * cos + rotate_half(x) * sin
+
+
+def norm_rotate(x, weight, cos, sin, eps):
+    """RMSNorm over heads, then the rotary embedding: x (B,H,T,P), cos and sin (B,1,T,P). In training on a GPU two
+    kernels instead of one: the compiled backward pass of a norm takes long to make."""
+    if x.is_cuda and torch.is_grad_enabled():
+        return rotate(rms_norm(x, weight, eps), cos, sin)
+    return norm_and_rotate(x, weight, cos, sin, eps)
 
 
 @fused
@@ -531,9 +557,10 @@ def step_size(raw, bias, A_log):
 
 
 @fused
-def convolve_one(u, weight):
-    """The convolution's value at one position: u (B,W,E), weight (E,W) -> (B,1,E)."""
-    return (u * weight.mT).sum(1, keepdim=True)
+def convolve_one(u, memory, weight):
+    """The convolution at one position: u (B,1,E), memory (B,W-1,E), weight (E,W) -> (B,1,E), the new memory."""
+    u = torch.cat([memory, u], dim=1)
+    return (u * weight.mT).sum(1, keepdim=True), u[:, 1:]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -550,12 +577,12 @@ def kernel(module, like):
         return None
 
 
-def mamba_ssm_scan(fused, x, dt, A, B, C, D, state):
+def mamba_ssm_scan(kernels, x, dt, A, B, C, D, state):
     """`ssd_scan` by mamba-ssm. dt comes masked and after softplus, so the kernel's dt_bias and dt_softplus stay off.
     It wants as many groups of B as of C, so x and B are repeated, head by whole head."""
     x, B = (z.repeat_interleave(C.shape[2] // z.shape[2], dim=2) for z in (x, B))       # (B, T, H, .)
-    y, state = fused.mamba_chunk_scan_combined(x, dt, A, B, C.contiguous(), chunk_size=256, D=D,
-                                               initial_states=state, return_final_states=True)
+    y, state = kernels.mamba_chunk_scan_combined(x, dt, A, B, C.contiguous(), chunk_size=256, D=D,
+                                                 initial_states=state, return_final_states=True)
     return y.to(x.dtype), state.to(dt.dtype)
 
 
@@ -563,14 +590,15 @@ def mamba_ssm_step(x, dt, A, B, C, D, state):
     """mamba2.step by mamba-ssm, or None where it cannot serve. The kernel writes the state in place and has no backward
     pass. dt and A are expanded, with strides of 0, by which it knows that they are one number for a head; it then asks
     for a dt_bias of the same kind."""
-    fused = None if torch.is_grad_enabled() else kernel("mamba_ssm.ops.triton.selective_state_update", x)
-    if not fused:
+    kernels = None if torch.is_grad_enabled() else kernel("mamba_ssm.ops.triton.selective_state_update", x)
+    if not kernels:
         return None
     x, B = (z.repeat_interleave(C.shape[1] // z.shape[1], dim=1) for z in (x, B))       # (B, H, .)
+    (x, B, C), y_dtype = (z.to(state.dtype) for z in (x, B, C)), x.dtype
     P, N, state = x.shape[-1], B.shape[-1], state.clone()
     bias = torch.zeros_like(A)[:, None].expand(-1, P)
     dt, A, D = dt[..., None].expand(-1, -1, P), A[:, None, None].expand(-1, P, N), D[:, None].expand(-1, P)
-    return fused.selective_state_update(state, x, dt, A, B, C, D=D, dt_bias=bias), state
+    return kernels.selective_state_update(state, x, dt, A, B, C, D=D, dt_bias=bias).to(y_dtype), state
 
 
 def fla_rule(q, k, v, log_a, beta, state):
@@ -579,12 +607,12 @@ def fla_rule(q, k, v, log_a, beta, state):
     q comes scaled, beta and log_a masked. The kernels want as many heads of k as of q, so k and v are repeated, head by
     whole head, and hold the state as (B,H,N,P); the one-step kernel has no backward pass, so it serves decoding only.
     """
-    fused = kernel("fla.ops.gated_delta_rule", v)
-    if not fused:
+    kernels = kernel("fla.ops.gated_delta_rule", v)
+    if not kernels:
         return None
     k, v = (z.repeat_interleave(q.shape[2] // z.shape[2], dim=2) for z in (k, v))       # (B, T, H, .)
     decode = q.shape[1] == 1 and not torch.is_grad_enabled()
-    run = fused.fused_recurrent_gated_delta_rule if decode else fused.chunk_gated_delta_rule
+    run = kernels.fused_recurrent_gated_delta_rule if decode else kernels.chunk_gated_delta_rule
     y, state = run(q=q.to(v.dtype), k=k.to(v.dtype), v=v, g=log_a, beta=beta, scale=1.0,
                    initial_state=state.mT.contiguous(), output_final_state=True)
     return y.to(v.dtype), state.mT.to(log_a.dtype)

@@ -80,6 +80,30 @@ def test_chunked_equals_the_recurrence(T, chunk, G):
     assert torch.equal(delta_rule(**nothing, chunk=chunk)[0], delta_rule(**zeros, chunk=chunk)[0])
 
 
+@pytest.mark.parametrize("T,Q", [(1, 16), (37, 16), (37, 5), (64, 8)])
+@pytest.mark.parametrize("G", [6, 2])
+def test_the_plain_chunked_form_equals_the_recurrence(T, Q, G):
+    a = inputs(T=T, G=G)
+    y, state = chunked_delta_rule(*a.values(), Q)
+    y_naive, state_naive = naive(**a)
+    assert relative(y, y_naive) < 1e-10 and relative(state, state_naive) < 1e-10
+
+
+@pytest.mark.parametrize("T,Q,n", [(37, 8, 2), (37, 8, 9), (48, 8, 3), (5, 8, 4)])
+@pytest.mark.parametrize("decay", [1, 300])
+def test_blocks_of_chunks_equal_the_rule_with_all_gradients(T, Q, n, decay):
+    """What a GPU runs, in fp64 on a CPU: whole blocks, a shorter one, a short last chunk; decays that underflow."""
+    a = {k: v.requires_grad_() for k, v in inputs(T=T).items()}
+    weights = rand(2, T, 6, 5, seed=7), rand(2, 6, 5, 7, seed=8)
+
+    def results(f):
+        y, state = f({**a, "log_a": decay * a["log_a"]})
+        return [y, state, *torch.autograd.grad((y * weights[0]).sum() + (state * weights[1]).sum(), list(a.values()))]
+    ours = results(lambda a: fast.delta_scan(*a.values(), Q, n))
+    for name, got, exact in zip(("y", "new state", *a), ours, results(lambda a: naive(**a))):
+        assert relative(got, exact) < 1e-10 and got.isfinite().all(), name
+
+
 @pytest.mark.parametrize("kind", ["left", "right", "all"])
 def test_padding_neither_enters_nor_decays_the_state(kind):
     a, mask = inputs(), padding(kind, 37)
