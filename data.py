@@ -123,7 +123,7 @@ class Encoded:
     grids: torch.Tensor | None           # (images, 3) int64: 1, gh, gw
     source: str = ""
     cut: int = 0                         # text tokens that went to meet the caps
-    sha: str = ""                        # of the images, where Processor.sha was given (the density cache's key)
+    rho: torch.Tensor | None = None      # (T,) scores from a cache, where Processor.scores was given
 
 
 @dataclass
@@ -135,7 +135,7 @@ class Batch:
     grids: torch.Tensor | None           # (images of all rows, in row order, 3)
     names: list
     sources: list
-    keys: list = field(default_factory=list)                    # (id, sha, grids) of each row, for the density cache
+    rho: torch.Tensor | None = None      # (B, T) scores from a cache; 0 where there are none
     # The rest is set by loader().
     weight: float = 1.0                  # of its sums and counts: 0 for a stand-in that keeps ranks in step
     last: bool = True                    # ends a step
@@ -267,7 +267,7 @@ class Processor:
                 raise ValueError(f"{folder}: <|{name}|> is token {ours} in tokenizer.json, but "
                                  f"{config.get(key, 'needed')} in config.json.")
         self.pad_id = self.special["endoftext"]
-        self.sha = None                                                  # images -> hex, if someone wants Encoded.sha
+        self.scores = None                                               # (sample, Encoded) -> Encoded.rho, from a cache
         self.header, self.newline = self.tokenize("assistant\n"), self.tokenize("\n")
 
     def __setstate__(self, state):                           # a pickled Tokenizer forgets this switch
@@ -395,8 +395,9 @@ class Processor:
         learn = torch.tensor([learn for run, learn, _ in segments for _ in run])                # (T,)
         pixels = torch.from_numpy(np.concatenate([pixels for pixels, _ in images])) if images else None
         grids = torch.tensor([grid for _, grid in images]) if images else None
-        return Encoded(sample.id, ids, torch.where(learn, ids, IGNORED), pixels, grids, sample.source, cut,
-                       self.sha(sample.images) if self.sha and images else "")
+        encoded = Encoded(sample.id, ids, torch.where(learn, ids, IGNORED), pixels, grids, sample.source, cut)
+        encoded.rho = self.scores(sample, encoded) if self.scores else None
+        return encoded
 
 
 def encode_rows(processor, sample):
@@ -419,14 +420,15 @@ def collate(encoded, pad_id, side="right"):
     """list of Encoded -> Batch, padded on the right (training) or on the left (generation)."""
     B, T = len(encoded), max(len(e.ids) for e in encoded)
     ids, labels = torch.full((B, T), pad_id), torch.full((B, T), IGNORED)
-    mask = torch.zeros(B, T, dtype=torch.bool)
+    mask, rho = torch.zeros(B, T, dtype=torch.bool), torch.zeros(B, T)
     for b, e in enumerate(encoded):
         row = slice(0, len(e.ids)) if side == "right" else slice(T - len(e.ids), T)
         ids[b, row], labels[b, row], mask[b, row] = e.ids, e.labels, True
+        rho[b, row] = 0 if e.rho is None else e.rho
     seen = [e for e in encoded if e.pixels is not None]
     return Batch(ids, mask, labels, torch.cat([e.pixels for e in seen]) if seen else None,
                  torch.cat([e.grids for e in seen]) if seen else None,
-                 [e.id for e in encoded], [e.source for e in encoded], [(e.id, e.sha, e.grids) for e in encoded])
+                 [e.id for e in encoded], [e.source for e in encoded], rho)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ mixers train, so teacher and student share all other modules and walk the decode
     r, s      r^theta, r^theta-hat        (B, T, D)   teacher's residual stream, and what the student's layer makes
                                                       of its own stream, or of the teacher's (--feed)
     o_t, o_s  O, O-hat                    (B, T, D)   mixer outputs after W_O, before the residual sum (C2)
+    rho       rho(p), Eq. 2               (B, T)      density or gradient scores (density.py), live or from a cache
     w         w(p), Eq. 3                 (B, T)      sums to the number of real positions in every row
     replaced  S; streams are read at S* = S + 1, the output of each replaced layer
 
@@ -36,10 +37,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data import IGNORED, BadSample, collate, read_data
-from density import (WEIGHTS, CacheError, DensityCache, cache_key, draw_map, fingerprint, image_densities, image_sha,
-                     records, write_cache)
+from density import WEIGHTS, Weighting, cache_key, draw_sample, each_record, image_densities, to_positions
 from loop import Ranks, Settings, load_model, needs, parse, run, setting, shard, start
 from model import Config, Qwen3VL, causal_mask_needed, device_of, dtype_of, to_hybrid
+from parts.cache import Cache, CacheError, fingerprint, image_sha, write_cache
 from synthdoc import World
 
 # ---------------------------------------------------------------------------------------------------------
@@ -48,27 +49,27 @@ from synthdoc import World
 
 @dataclass(frozen=True)
 class Cond:
-    align: Optional[str]                 # None: Stages 1/2 are skipped; "output": mixer outputs; "residual": streams
-    weight: str = "uniform"              # a row of density.WEIGHTS
+    align: Optional[str]        # None: Stages 1/2 are skipped; "output": mixer outputs; "residual": streams
+    weight: str = "uniform"     # a row of density.WEIGHTS
     mixer: str = "mamba2"
-    layers: str = "sum"                  # of gradient weights: "sum" over S* (Eq. 7), "each" its own, or the "middle" one
+    layers: str = "sum"         # of gradient scores: "sum" over S* (Eq. 7), "each" its own, the "middle" one's
     note: str = ""
 
 
 CONDS = {
-    "c1":          Cond(None,                              note="KD only, as Mamba-in-Llama"),
-    "c2":          Cond("output",                          note="HSA: attention-output MSE, as mmMamba"),
-    "c3":          Cond("residual",                        note="RSA: uniform residual MSE, Eq. 4"),
-    "c4":          Cond("residual", "density",             note="HEED: density-weighted residual MSE, Eq. 5"),
-    "c5":          Cond("residual", "fisher",              note="HEED-G: gradient weights, Eq. 7"),
-    "c6":          Cond("residual", "density", "gdn",      note="HEED-GDN: Gated DeltaNet"),
-    "no-residual": Cond("output",   "density",             note="Table 8, -Residual: C2 with density"),
-    "no-density":  Cond("residual", "modality",            note="Table 8, -Density: text/visual boost only"),
-    "ld":          Cond("residual", "fisher", layers="each",   note="Table 8, +LD: gradient weights by layer"),
+    "c1":          Cond(None,                               note="KD only, as Mamba-in-Llama"),
+    "c2":          Cond("output",                           note="HSA: attention-output MSE, as mmMamba"),
+    "c3":          Cond("residual",                         note="RSA: uniform residual MSE, Eq. 4"),
+    "c4":          Cond("residual", "density",              note="HEED: density-weighted, Eq. 5"),
+    "c5":          Cond("residual", "fisher",               note="HEED-G: gradient weights, Eq. 7"),
+    "c6":          Cond("residual", "density", "gdn",       note="HEED-GDN: Gated DeltaNet"),
+    "no-residual": Cond("output",   "density",              note="Table 8, -Residual: C2 with density"),
+    "no-density":  Cond("residual", "modality",             note="Table 8, -Density: text/visual boost"),
+    "ld":          Cond("residual", "fisher", layers="each",   note="Table 8, +LD: gradients by layer"),
     "sl":          Cond("residual", "fisher", layers="middle", note="Table 8, +SL: one layer's gradient"),
-    "topk":        Cond("residual", "topk",                note="A.8: 5 x on the k % densest positions"),
-    "random":      Cond("residual", "random",              note="A.8: 5 x on k % random positions"),
-    "shuffled":    Cond("residual", "shuffled",            note="control: C4's weights, patches in random order"),
+    "topk":        Cond("residual", "topk",                 note="A.8: 5 x on the k % densest positions"),
+    "random":      Cond("residual", "random",               note="A.8: 5 x on k % random positions"),
+    "shuffled":    Cond("residual", "shuffled",             note="control: C4's weights, patches shuffled"),
 }
 
 # ---------------------------------------------------------------------------------------------------------
@@ -81,30 +82,34 @@ class DistillSettings(Settings):
     cond: str = setting("c4", "a row of CONDS", list(CONDS))
     mixer: str = setting("", "mamba2, gdn or FILE.py:CLASS; empty: as the condition says")
     keep_every: int = setting(4, "attention stays in every so-many-th layer (ledger 1)", low=2)
-    init: str = setting("default", "of the mixers' new parameters; paper: all N(0, 0.02) (ledger 3)", ["default", "paper"])
-    feed: str = setting("teacher", "whose stream a student layer reads in Stages 1/2 (ledger 4)", ["teacher", "own"])
+    init: str = setting("default", "of the mixers' new parameters; paper: all N(0, 0.02) (ledger 3)",
+                        ["default", "paper"])
+    feed: str = setting("teacher", "whose stream a student layer reads in Stages 1/2 (ledger 4)",
+                        ["teacher", "own"])
     stages: str = setting("10/30/60", "per cent of the budget for Stages 1, 2 and 3")
     stage3: str = setting("mixers", "what Stage 3 trains: 4.1 says the full model, C.3 only mixers (ledger 5)",
                           ["mixers", "full"])
-    schedule: str = setting("whole", "one cosine over the whole budget, or one per stage (ledger 13)", ["whole", "stage"])
-    kl: str = setting("answers", "positions of the KL term: supervised ones, or all that predict text; their number divides both "
-                     "terms (ledger 11)",
-                      ["answers", "text"])
+    schedule: str = setting("whole", "one cosine over the whole budget, or one per stage (ledger 13)",
+                            ["whole", "stage"])
+    kl: str = setting("answers", "positions of the KL term: supervised ones, or all that predict text; their "
+                      "number divides both terms (ledger 11)", ["answers", "text"])
     lambda_kl: float = setting(1.0, "Eq. 1", low=0)
     lambda_ce: float = setting(0.1, "Eq. 1", low=0)
-    tau: float = setting(0.5, "temperature of Eq. 3", low=1e-6)
-    beta: float = setting(2.0, "text density over the mean visual density (Algorithm 1)", low=0)
-    minmax: str = setting("all", "normalise before or after the text value enters (ledger 7)", ["all", "visual"])
-    density_cache: str = setting("", "file that `density.py --cache` wrote for this data and teacher; for conditions with "
-                                     "gradient weights, that --write-cache wrote")
-    write_cache: str = setting("", "only write the condition's gradient weights to this file, for later runs (B.2)",
-                               decides=False)
+    tau: float = setting(Weighting.tau, "temperature of Eq. 3", low=1e-6)
+    beta: float = setting(Weighting.beta, "text density over the mean visual density (Algorithm 1)", low=0)
+    minmax: str = setting(Weighting.minmax, "normalise before or after the text value enters (ledger 7)",
+                          ["all", "visual"])
+    density_cache: str = setting("", "file that `density.py --cache` wrote for this data and teacher; for "
+                                 "conditions with gradient weights, that --write-cache wrote")
+    write_cache: str = setting("", "only write the condition's gradient weights to this file, for later runs "
+                               "(B.2)", decides=False)
     suite: str = setting("", "of the embedded world to train on; empty: its mixture",
                          ["", "reading", "reasoning", "regimes"])
     page: int = setting(10, "cells on a side of the embedded world's pages; a cell is a visual token", low=7)
-    k: float = setting(25.0, "per cent of positions that the topk and random weights raise (A.8)", low=0, high=100)
-    questions: int = setting(256, "evaluation questions a suite at the end, on the embedded world; 0: none", low=0,
-                             decides=False)
+    k: float = setting(Weighting.k, "per cent of positions that the topk and random weights raise (A.8)",
+                       low=0, high=100)
+    questions: int = setting(256, "evaluation questions a suite at the end, on the embedded world; 0: none",
+                             low=0, decides=False)
 
 
 DEFAULTS = {                    # embedded world, real data (Table 11)
@@ -115,8 +120,19 @@ DEFAULTS = {                    # embedded world, real data (Table 11)
 }
 
 
+def stage_shares(text):
+    """--stages -> the budget's shares of Stages 1, 2 and 3, in per cent. Raises ValueError."""
+    try:
+        shares = [float(share) for share in text.split("/")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or min(shares) < 0 or not abs(sum(shares) - 100) < 1e-6:
+        raise ValueError(f"--stages {text}: three shares that sum to 100 are needed, such as 10/30/60")
+    return shares
+
+
 # ---------------------------------------------------------------------------------------------------------
-# Losses: tensors in, sums out. They are divided once, by the count over all ranks and micro-batches.
+# Stages 1 and 2: teacher and student in lockstep
 
 
 def drift(s, r):
@@ -128,18 +144,18 @@ def drift(s, r):
 def lockstep(teacher, student, replaced, e, mask, align="residual", feed="teacher"):
     """Teacher and student through the decoder side by side: yields the error (B, T) of each replaced layer.
 
-    e: the Embedded they share. align: "residual" compares the streams after each replaced layer (Eq. 4 before its
-    sums over l and p), "output" what the mixers put out (C2). feed: a replaced layer reads the teacher's stream, so
-    that each learns from clean input, or the student's own, where errors add up as they do at inference. No stack of
-    streams is kept, and the walk ends at the last replaced layer. Fed the teacher's, each error is a graph of its
-    own: one that is differentiated before the next is asked for leaves memory that does not grow with depth.
+    e: the Embedded they share. align: "residual" compares the streams after each replaced layer (Eq. 4 before
+    its sums over l and p), "output" what the mixers put out (C2). feed: a replaced layer reads the teacher's
+    stream, so that each learns from clean input, or the student's own, where errors add up as they do at
+    inference. No stack of streams is kept, and the walk ends at the last replaced layer.
     """
-    r = s = e.x                                                                         # (B, T, D)
+    r = s = e.x                                                             # (B, T, D)
     for i, (teacher_layer, student_layer) in enumerate(zip(teacher.layers, student.layers)):
         with torch.no_grad():
             r_next, o_t, _ = teacher_layer(r, mask, e.rope)
+        # Unless it is replaced, a layer that is fed the teacher's stream would make the teacher's output again.
         s_next, o_s = r_next, o_t
-        if feed == "own":                                 # one graph through all layers
+        if feed == "own":
             s_next, o_s, _ = student.through(student_layer, s, mask, e.rope)
         elif i in replaced:
             s_next, o_s, _ = student_layer(r, mask, e.rope)
@@ -147,28 +163,24 @@ def lockstep(teacher, student, replaced, e, mask, align="residual", feed="teache
             yield drift(s_next, r_next) if align == "residual" else drift(o_s, o_t)
         if i == max(replaced):
             return
+        # DeepStack: the tower's intermediate features enter after the first layers, alike in both.
         if i < len(e.deepstack):
             r_next, s_next = r_next + e.deepstack[i], s_next + e.deepstack[i]
         r, s = r_next, s_next
 
 
-def following(labels):
-    """The label of the next token at every position, which is what a position predicts: (B, T) -> (B, T)."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-
-
 def fisher_scores(teacher, replaced, e, mask, labels):
     """The empirical Fisher's diagonal, || d R_x / d r[l, p] ||^2 at S* (B.3), of all samples of a batch at once.
 
-    R_x is the teacher's negative log-likelihood of x's supervised tokens. -> (S, B, T) fp32; rows do not mix, for
-    the loss is a sum over samples. Weights are frozen: this is one backward pass through activations alone.
+    R_x is the teacher's negative log-likelihood of x's supervised tokens. -> (S, B, T) fp32; rows do not mix,
+    for the loss is a sum over samples. Weights are frozen: this is one backward pass through activations alone.
     """
     with torch.enable_grad():
         r, streams = e.x.detach().requires_grad_(), []
         for i, layer in enumerate(teacher.layers):
             r = teacher.through(layer, r, mask, e.rope)[0]
             if i in replaced:
-                streams.append(r)
+                streams.append(r)                         # before DeepStack is added, where lockstep compares
             if i < len(e.deepstack):
                 r = r + e.deepstack[i]
         target = following(labels)
@@ -178,6 +190,15 @@ def fisher_scores(teacher, replaced, e, mask, labels):
     return torch.stack([g.float().square().sum(-1) for g in gradients])
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Stage 3: losses on logits, as sums. They are divided once, by the count over all ranks and micro-batches.
+
+
+def following(labels):
+    """The label of the next token at every position, which is what a position predicts: (B, T) -> (B, T)."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
 def token_logps(hidden, target, head, chunk=512):
     """log p of each target: hidden (n, D), target (n,) -> (n,), in fp32 at least. The n x V logits never
     exist at once: each chunk of rows is recomputed in the backward pass."""
@@ -185,20 +206,20 @@ def token_logps(hidden, target, head, chunk=512):
         logits = head(h)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))            # (chunk, V)
         return -F.cross_entropy(logits, y, reduction="none")
-    parts = [checkpoint(piece, hidden[i:i + chunk], target[i:i + chunk], use_reentrant=False, preserve_rng_state=False)
-             for i in range(0, len(target), chunk)]
+    parts = [checkpoint(piece, hidden[i:i + chunk], target[i:i + chunk], use_reentrant=False,
+                        preserve_rng_state=False) for i in range(0, len(target), chunk)]
     return torch.cat(parts or [hidden.sum(-1)])           # no supervised row: (0,), still tied to the graph
 
 
 def kd_sums(student_hidden, teacher_hidden, target, student_head, teacher_head, chunk=512):
     """Sum of KL(teacher || student) and sum of CE over n rows; the n x V logits never exist at once.
 
-    hidden (n, D), target (n,) with IGNORED where only the teacher speaks. Each chunk of rows is recomputed in the
-    backward pass, so what is kept is the hidden states alone. T = 1; logarithms in fp32.
+    hidden (n, D), target (n,) with IGNORED where only the teacher speaks. Each chunk of rows is recomputed in
+    the backward pass, so what is kept is the hidden states alone. T = 1; logarithms in fp32.
     """
     def piece(h_s, h_t, y):
         high = torch.promote_types(h_s.dtype, torch.float32)
-        log_q = student_head(h_s).to(high).log_softmax(-1)                              # (chunk, V)
+        log_q = student_head(h_s).to(high).log_softmax(-1)                  # (chunk, V)
         ce = F.nll_loss(log_q, y, reduction="sum", ignore_index=IGNORED)
         with torch.no_grad():
             log_p = teacher_head(h_t).to(high).log_softmax(-1)
@@ -206,7 +227,8 @@ def kd_sums(student_hidden, teacher_hidden, target, student_head, teacher_head, 
 
     kl = ce = student_hidden.sum() * 0.0                  # keeps the graph when no row is supervised
     for i in range(0, len(target), chunk):
-        a, b = checkpoint(piece, student_hidden[i:i + chunk], teacher_hidden[i:i + chunk], target[i:i + chunk],
+        rows = slice(i, i + chunk)
+        a, b = checkpoint(piece, student_hidden[rows], teacher_hidden[rows], target[rows],
                           use_reentrant=False, preserve_rng_state=False)
         kl, ce = kl + a, ce + b
     return kl, ce
@@ -216,30 +238,26 @@ def kd_sums(student_hidden, teacher_hidden, target, student_head, teacher_head, 
 # The objective: what trains when, and the loss of one micro-batch. sft_dpo.py has two more of the same form.
 
 
+def visual_positions(ids, config):
+    return (ids == config.image_token_id) | (ids == config.video_token_id)
+
+
 class Distillation:
     def __init__(self, s, teacher, student):
         self.s, self.cond, self.teacher, self.student = s, CONDS[s.cond], teacher, student
-        self.replaced = student.config.hybrid["layers"]
-        try:
-            self.shares = [float(share) for share in s.stages.split("/")]
-        except ValueError:
-            self.shares = []
-        if len(self.shares) != 3 or min(self.shares) < 0 or not abs(sum(self.shares) - 100) < 1e-6:
-            raise ValueError(f"--stages {s.stages}: three shares that sum to 100 are needed, such as 10/30/60")
+        self.replaced, self.shares = student.config.hybrid["layers"], stage_shares(s.stages)
         for p in [*teacher.parameters(), *student.parameters()]:
             p.requires_grad_(False)
-        teacher_ids = {id(p) for p in teacher.parameters()}
-        self.mixers = {n: p for n, p in student.named_parameters()
-                       if any(f"layers.{i}.self_attn." in n for i in self.replaced)}
-        self.others = {n: p for n, p in student.named_parameters() if id(p) not in teacher_ids and n not in self.mixers}
+        # What the student does not share with the teacher is its own: the mixers, and with --stage3 full all
+        # else but the tower.
+        shared = {id(p) for p in teacher.parameters()}
+        own = {n: p for n, p in student.named_parameters() if id(p) not in shared}
+        at = tuple(f"layers.{i}.self_attn." for i in self.replaced)
+        self.mixers = {n: p for n, p in own.items() if any(place in n for place in at)}
+        self.others = {n: p for n, p in own.items() if n not in self.mixers}
         if self.cond.align and self.shares[0] and not any(map(self.is_new, self.mixers)):
             raise ValueError("the mixer inherits all its parameters, so Stage 1 has nothing to train: give it no "
                              "share, for instance --stages 0/40/60")
-        options = dict(density=dict(tau=s.tau, beta=s.beta, minmax=s.minmax), modality=dict(tau=s.tau, beta=s.beta),
-                       topk=dict(k=s.k), random=dict(k=s.k, seed=s.seed),
-                       shuffled=dict(tau=s.tau, beta=s.beta, minmax=s.minmax, seed=s.seed))
-        self.weigh = partial(WEIGHTS[self.cond.weight], **options.get(self.cond.weight, {}))
-        self.cache = None                                 # a density.DensityCache, set by main
 
     def parameters(self):
         return {**self.mixers, **self.others}
@@ -259,7 +277,8 @@ class Distillation:
         return n, borders[n - 1], borders[n]
 
     def prepare(self, progress):
-        """Opens what trains now. -> label, where the learning rate's schedule begins and ends, in shares of the budget."""
+        """Opens what trains now. -> label, and the shares of the budget at which the learning rate's schedule
+        begins and ends."""
         stage, *span = self.stage(progress)
         for name, p in self.mixers.items():
             p.requires_grad_(stage > 1 or self.is_new(name))
@@ -267,103 +286,119 @@ class Distillation:
             p.requires_grad_(stage == 3)
         return f"stage {stage}", (0, 1) if self.s.schedule == "whole" else span
 
-    def scores(self, batch, e):
-        """Fisher scores as the condition uses them: (1 or S, B, T)."""
-        scores = fisher_scores(self.teacher, self.replaced, e, causal_mask_needed(batch.mask), batch.labels)
-        return dict(sum=scores.sum(0)[None], each=scores, middle=scores[len(scores) // 2][None])[self.cond.layers]
-
-    def weights(self, batch, vision, e):
-        """w of the condition: (B, T), or (S, B, T) where layers have their own."""
-        c = self.student.config
-        visual = (batch.ids == c.image_token_id) | (batch.ids == c.video_token_id)
-        rho, options = torch.zeros(0, device=batch.ids.device), {}
-        if self.cond.weight == "fisher":
-            if self.cache and batch.weight == 0:          # a stand-in is no sample
-                return batch.mask.float()
-            if self.cache:
-                found = [self.cache.get(key[0], contents(batch, b), key[2]) for b, key in enumerate(batch.keys)]
-                return self.weigh(torch.cat(found).to(batch.ids.device), visual, batch.mask)
-            w = [self.weigh(layer[batch.mask], visual, batch.mask) for layer in self.scores(batch, e)]
-            return w[0] if len(w) == 1 else torch.stack(w)
-        if self.cache and vision is not None:             # density from the cache
-            found = [self.cache.record(*key) if key[2] is not None else None for key in batch.keys]
-            rho = torch.cat([f.values for f in found if f]).to(rho.device)
-            options = dict(means=torch.tensor([f.mean if f else 0.0 for f in found], device=rho.device))
-        elif vision is not None:
-            rho = image_densities(vision.patches, batch.grids, c.vision.spatial_merge_size)
-        return self.weigh(rho, visual, batch.mask, batch.names, **options)
-
     def loss(self, batch, label, backward=lambda part: part):
         """One micro-batch -> loss sum (to be divided by the count), count, other sums for the log.
 
-        backward: takes the gradient of a part of the loss, as soon as the part is there, and returns its value. By
-        default parts keep their graphs, and the caller differentiates their sum.
+        backward(part) differentiates a part of the loss and returns its value. It is called as soon as a part is
+        there, which frees the part's activations. The default differentiates nothing: the caller gets the graph.
         """
         with torch.no_grad():                             # the tower is frozen: once for both models
             vision = None if batch.pixels is None else self.teacher.visual(batch.pixels, batch.grids)
-        if label == "stage 3":
-            return self.kd(batch, vision, backward)
+        return (self.kd if label == "stage 3" else self.align)(batch, vision, backward)
+
+    def align(self, batch, vision, backward):
+        """Stages 1 and 2: Eq. 4, or Eq. 5 with w, times the number of positions T."""
         with torch.no_grad():
             e = self.teacher.embed(batch.ids, batch.mask, None, batch.grids, vision)
-            w = self.weights(batch, vision, e)                                          # (B, T)
-        joint, loss, plain = self.s.feed == "own", 0.0, 0.0                             # joint: one graph for all layers
+            rho = batch.rho if self.s.density_cache else self.scores(batch, vision, e)
+            visual = visual_positions(batch.ids, self.student.config)
+            w = WEIGHTS[self.cond.weight](rho, visual, batch.mask, batch.names, self.s)
+            w = w.expand(len(self.replaced), *batch.ids.shape)              # (S, B, T): +LD has one for each layer
         errors = lockstep(self.teacher, self.student, self.replaced, e, causal_mask_needed(batch.mask),
                           self.cond.align, self.s.feed)
-        for w_l, error in zip(w.expand(len(self.replaced), *w.shape[-2:]), errors):     # (B, T) each
-            part = (w_l * error).sum() / len(self.replaced)             # Eq. 4 / Eq. 5: all that C3 and C4 differ in
-            loss = loss + (part if joint else backward(part))
+        # Fed the teacher's stream, each layer's error is a graph of its own. Differentiated before lockstep goes
+        # on, it leaves memory that does not grow with depth. Fed the student's, one graph passes all layers.
+        at_once = self.s.feed == "teacher"
+        loss, plain = 0.0, 0.0
+        for w_l, error in zip(w, errors):                                   # (B, T) each
+            part = (w_l * error).sum() / len(self.replaced)                 # all that C3 and C4 differ in
+            loss = loss + (backward(part) if at_once else part)
             plain = plain + error.detach() / len(self.replaced)
         plain = plain[batch.mask]
-        top = plain.topk(max(1, len(plain) // 100)).values.sum()        # ledger 15: a few huge positions?
-        return backward(loss) if joint else loss, int(batch.mask.sum()), dict(drift=plain.sum(), drift_top1=top)
+        top = plain.topk(max(1, len(plain) // 100)).values.sum()            # ledger 15: a few huge positions?
+        terms = dict(drift=plain.sum(), drift_top1=top)
+        return loss if at_once else backward(loss), int(batch.mask.sum()), terms
+
+    def scores(self, batch, vision, e):
+        """What w is made of, computed now: (B, T), or (S, B, T) where layers keep their own gradients."""
+        if self.cond.weight == "fisher":
+            mask = causal_mask_needed(batch.mask)
+            g = fisher_scores(self.teacher, self.replaced, e, mask, batch.labels)       # (S, B, T)
+            return dict(sum=g.sum(0), each=g, middle=g[len(g) // 2])[self.cond.layers]
+        visual = visual_positions(batch.ids, self.student.config)
+        if vision is None:
+            return to_positions(None, visual)
+        try:
+            merge = self.student.config.vision.spatial_merge_size
+            return to_positions(image_densities(vision.patches, batch.grids, merge), visual)
+        except ValueError as error:
+            raise BadSample(f"one of {', '.join(batch.names)}: {error}") from None
 
     def kd(self, batch, vision, backward):
+        """Stage 3: Eq. 1, times the number of positions."""
         target = following(batch.labels)
         rows = target != IGNORED
         if self.s.kl == "text":
-            c, ids = self.student.config, batch.ids[:, 1:]
-            rows = F.pad(batch.mask[:, 1:] & (ids != c.image_token_id) & (ids != c.video_token_id), (0, 1))
+            text = batch.mask[:, 1:] & ~visual_positions(batch.ids[:, 1:], self.student.config)
+            rows = F.pad(text, (0, 1))                    # the positions whose next token is text
         inputs = (batch.ids, batch.mask, None, batch.grids, vision)
         with torch.no_grad():
-            h_t = self.teacher.hidden(*inputs)[rows]                                    # (n, D)
+            h_t = self.teacher.hidden(*inputs)[rows]                        # (n, D)
         h_s = self.student.hidden(*inputs)[rows]
         kl, ce = kd_sums(h_s, h_t, target[rows], self.student.lm_head, self.teacher.lm_head)
-        loss = self.s.lambda_kl * kl + self.s.lambda_ce * ce                            # Eq. 1
+        loss = self.s.lambda_kl * kl + self.s.lambda_ce * ce                # Eq. 1
         return backward(loss), int(rows.sum()), dict(kl=kl.detach(), ce=ce.detach())    # one count for both
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Gradient weights of a corpus, once for many runs (B.2): in density.py's 4-bit format, one score per position
+# Scores of a corpus from a file, for many runs (B.2): rho at visual positions, or gradient scores at all
 
 
-def contents(batch, b):
-    """sha256 (hex) of what row b's scores depend on besides the model: its images, token ids and labels."""
-    real = batch.mask[b].cpu()
-    rows = torch.stack([batch.ids[b].cpu()[real], batch.labels[b].cpu()[real]])
-    return hashlib.sha256((batch.keys[b][1] or "").encode() + rows.numpy().tobytes()).hexdigest()
+def cache_fingerprint(s, teacher, student, processor):
+    """What cached scores depend on besides the sample. Those of gradients: the whole teacher and the layers S."""
+    tower, cond = cache_key(teacher, processor), CONDS[s.cond]
+    if cond.weight != "fisher":
+        return tower
+    return fingerprint(teacher, dict(layers=cond.layers, replaced=student.config.hybrid["layers"], tower=tower))
 
 
-def scores_key(objective, processor):
-    """The fingerprint of a cache of scores: the whole teacher, the processor, and the layers S that are read."""
-    layers = dict(layers=objective.cond.layers, replaced=objective.replaced, tower=cache_key(objective.teacher, processor))
-    return fingerprint(objective.teacher, layers)
+def contents(sample, encoded):
+    """sha256 (hex) of what a sample's gradient scores depend on besides the model: its images, tokens, labels."""
+    images = image_sha(sample.images) if sample.images else ""
+    rows = torch.stack([encoded.ids, encoded.labels])
+    return hashlib.sha256(images.encode() + rows.numpy().tobytes()).hexdigest()
 
 
-def write_scores(path, objective, processor, dataset):
+def write_scores(s, objective, processor, dataset, made_with):
     """One teacher backward pass per sample (Eq. 7) -> a cache that --density-cache reads, in which scores are even
     ratios apart: down to 1e-4 of a sample's largest, off by a factor of 1.36 at most."""
-    key = scores_key(objective, processor)
-
     def record(name, sample):
         if sample.chosen is not None:
-            raise BadSample(f"{sample.where or name} is a preference pair, which has no one answer to take a gradient of.")
-        batch = collate([processor.encode(sample)], processor.pad_id).to(objective.teacher.lm_head.weight.device)
+            raise BadSample(f"{sample.where or name} is a preference pair, which has no one answer to take a "
+                            "gradient of.")
+        encoded = processor.encode(sample)
+        batch = collate([encoded], processor.pad_id).to(objective.teacher.lm_head.weight.device)
         with torch.no_grad():
             e = objective.teacher.embed(batch.ids, batch.mask, batch.pixels, batch.grids)
-        return name, contents(batch, 0), batch.grids, objective.scores(batch, e)[0][batch.mask]
-    write_cache(path, records(dataset, record, objective.s.skip_bad), key, kind="fisher")
-    cache = DensityCache(path, key, kind="fisher")
-    print(f"{path}: {cache.n_records} samples, {cache.n_values} positions, {cache.bytes_per_value():.3f} bytes each")
+        return name, contents(sample, encoded), encoded.grids, objective.scores(batch, None, e)[batch.mask]
+    write_cache(s.write_cache, each_record(dataset, record, s.skip_bad), made_with, kind="fisher")
+    print(Cache(s.write_cache, made_with, kind="fisher"))
+
+
+def cached_scores(cache, config, sample, encoded):
+    """(T,): what `scores` would make of a sample, to 4 bits, for Processor.scores. Raises BadSample."""
+    if cache.kind == "density" and not sample.images:
+        return torch.zeros(encoded.ids.shape)             # as to_positions has it for rows without an image
+    density = cache.kind == "density"
+    at = visual_positions(encoded.ids, config) if density else slice(None)
+    made_from = image_sha(sample.images) if density else contents(sample, encoded)
+    try:
+        record = cache.record(encoded.id, made_from, encoded.grids)
+    except CacheError as error:
+        raise BadSample(str(error)) from None
+    rho = torch.full(encoded.ids.shape, record.mean)      # text reads the mean from before rounding
+    rho[at] = record.values
+    return rho
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -432,16 +467,9 @@ def finish(s, teacher, student, processor):
 def draw_pages(teacher, processor, folder, page, count=3):
     """Fig. 2 for evaluation pages: where the weight of C4 goes."""
     folder.mkdir(parents=True, exist_ok=True)
-    m = teacher.config.vision.spatial_merge_size
     for suite in ("reading", "reasoning"):
         for sample in (World("eval", 0, suite, (page, page))[i] for i in range(count)):
-            e = processor.encode(sample)
-            device, kind = teacher.lm_head.weight.device, teacher.lm_head.weight.dtype
-            with torch.inference_mode():
-                features = teacher.visual(e.pixels.to(device, kind), e.grids).patches
-            _, h, w = e.grids[0].tolist()
-            rho = image_densities(features, e.grids, m).view(h // m, w // m)
-            draw_map(sample.images[0], rho).save(folder / f"{sample.source}.png")
+            draw_sample(teacher, processor, sample, folder / f"{sample.source}.png")
 
 
 def check(s):
@@ -491,24 +519,21 @@ def main(argv=None):
         ranks = start(s)
         dataset = read_data(s.data) if s.data else World("train", s.seed, s.suite or None, cells=(s.page, s.page))
         teacher, student, processor = build(s, torch.device("cpu") if s.shard else ranks.device)
-        if s.write_cache or s.density_cache:
-            processor.sha = image_sha
+        if s.write_cache or s.density_cache:              # a fingerprint is of whole weights, so before they are split
+            made_with = cache_fingerprint(s, teacher, student, processor)
         if s.write_cache:
-            return write_scores(s.write_cache, Distillation(s, teacher, student), processor, dataset)
-        cache, kind = None, CONDS[s.cond].weight
-        if s.density_cache:                               # its fingerprint is of whole weights, so before they are split
-            key = cache_key(teacher, processor) if kind == "density" else \
-                scores_key(Distillation(s, teacher, student), processor)
-            cache = DensityCache(s.density_cache, key, kind)
+            return write_scores(s, Distillation(s, teacher, student), processor, dataset, made_with)
+        if s.density_cache:
+            cache = Cache(s.density_cache, made_with, CONDS[s.cond].weight)
+            processor.scores = partial(cached_scores, cache, teacher.config)
         if s.shard:
             shard(ranks, teacher, student)
         objective = Distillation(s, teacher, student)
-        objective.cache = cache
     except (ValueError, OSError, BadSample) as error:
         sys.exit(str(error))
     try:
         run(s, objective, processor, Answered(dataset) if s.data else dataset, ranks)
-    except (BadSample, CacheError) as error:
+    except BadSample as error:
         sys.exit(str(error))
     if ranks.rank == 0:
         if s.shard:                                       # a checkpoint holds whole tensors: read the last one
