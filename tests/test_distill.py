@@ -26,8 +26,9 @@ from torch.utils._pytree import tree_leaves
 import density
 import distill
 import loop
-from data import Processor, Sample, collate
+from data import BadSample, Fetch, Micro, Processor, Sample, collate
 from model import Config, Qwen3VL, TextConfig, VisionConfig
+from parts.cache import Cache
 from synthdoc import World
 
 ROOT = Path(distill.__file__).parent
@@ -214,24 +215,33 @@ def test_fisher_scores_are_finite_differences_of_the_teachers_loss(teacher, tmp_
             assert scores[layer, b, p].item() == pytest.approx(g.square().sum().item(), rel=1e-2)
 
 
+def weights(s, f, g, processor, samples, cache=""):
+    """w (B, T), or (S, B, T), as a run has it: by a spy on the row of density.WEIGHTS."""
+    s.density_cache, kind, found = str(cache), distill.CONDS[s.cond].weight, []
+    if cache:
+        opened = Cache(cache, distill.cache_fingerprint(s, f, g, processor), kind)
+        processor.scores = partial(distill.cached_scores, opened, f.config)
+    batch = collate([processor.encode(x) for x in samples], processor.pad_id)
+    with pytest.MonkeyPatch.context() as patch:
+        real = density.WEIGHTS[kind]
+        patch.setitem(density.WEIGHTS, kind, lambda *args: found.append(real(*args)) or found[0])
+        distill.Distillation(s, f, g).loss(batch, "stage 2")
+    processor.scores = None
+    return found[0]
+
+
 def test_a_density_cache_gives_the_weights_of_the_live_tower_and_no_others(teacher, tmp_path):
     s, f, g, processor = load(teacher, tmp_path, cond="c4")
-    objective = distill.Distillation(s, f, g)
     samples = [World("train", 3, "receipt", cells=(3, 7))[i] for i in range(3)]
-    key = distill.cache_key(f, processor)
+    samples.insert(1, Sample("talk", [dict(role="document", content=[dict(type="text", text="no image")])]))
     density.cache_corpus(tmp_path / "rho", samples, f, processor)
-    processor.sha = distill.image_sha
-    batch = collate([processor.encode(x) for x in samples], processor.pad_id)
-    with torch.no_grad():
-        vision = f.visual(batch.pixels, batch.grids)
-        live = objective.weights(batch, vision, None)
-        objective.cache = density.DensityCache(tmp_path / "rho", key)
-        kept = objective.weights(batch, vision, None)
-        assert not torch.equal(kept, live) and (kept / live - 1)[batch.mask].abs().max() < 0.155    # B.2's 4 bits
-        samples[1].images = samples[2].images
-        batch = collate([processor.encode(x) for x in samples], processor.pad_id)
-        with pytest.raises(density.CacheError, match="image's bytes"):
-            objective.weights(batch, f.visual(batch.pixels, batch.grids), None)
+    live, kept = (weights(s, f, g, processor, samples, cache) for cache in ("", tmp_path / "rho"))
+    real = live > 0
+    assert not torch.equal(kept, live) and (kept / live - 1)[real].abs().max() < 0.155      # B.2's 4 bits
+    assert torch.equal(kept[1], real[1].float()) and real.sum(1).tolist() == kept.sum(1).round().tolist()
+    samples[2].images = samples[3].images
+    with pytest.raises(BadSample, match="image's bytes"):
+        weights(s, f, g, processor, samples, tmp_path / "rho")
 
 
 def test_the_cache_that_density_py_writes_for_a_recipe_serves_a_run(teacher, tmp_path, monkeypatch):
@@ -271,21 +281,16 @@ def test_cached_gradient_weights_are_the_live_ones_and_no_other_texts(teacher, t
     distill.main([*map(str, run), "--write-cache", str(cache)])
     s = distill.parse(distill.DistillSettings, distill.DEFAULTS, [*map(str, run)])
     f, g, processor = distill.build(s, torch.device("cpu"))
-    objective = distill.Distillation(s, f, g)
-    processor.sha = distill.image_sha
     samples = list(distill.read_data(str(data))[i] for i in range(5))
-    batch = collate([processor.encode(x) for x in samples], processor.pad_id)
-    with torch.no_grad():
-        e = f.embed(batch.ids, batch.mask, batch.pixels, batch.grids)
-    live = objective.weights(batch, None, e)
-    objective.cache = density.DensityCache(cache, distill.scores_key(objective, processor), "fisher")
-    kept = objective.weights(batch, None, e)
-    real = batch.mask & (live > 1e-3 * live.amax(1, keepdim=True))       # below, a weight is floored
+    live, kept = (weights(s, f, g, processor, samples, file) for file in ("", cache))
+    mask = live > 0
+    real = mask & (live > 1e-3 * live.amax(1, keepdim=True))             # below, a weight is floored
     assert not torch.equal(kept, live) and (kept / live)[real].log().abs().max() < 2 * np.log(1.36)
-    torch.testing.assert_close(kept.sum(1), batch.mask.sum(1).float())
-    batch.weight, batch.keys = 0, [("", "", None)] * 5    # a stand-in for ranks that ran out of samples
-    assert torch.equal(objective.weights(batch, None, e), batch.mask.float())
+    torch.testing.assert_close(kept.sum(1), (kept > 0).sum(1).float())
     monkeypatch.setattr(distill, "fisher_scores", None)   # a run with the cache never looks back
+    stand_in = Fetch(samples, processor)[Micro((), True, {})]               # for ranks that ran out of samples
+    assert torch.equal(density.WEIGHTS["fisher"](stand_in.rho, None, stand_in.mask), stand_in.mask.float())
+    assert stand_in.weight == 0 and distill.Distillation(s, f, g).loss(stand_in, "stage 2")[1] == 1
     distill.main([*map(str, run), "--density-cache", str(cache)])
     assert {line["stage"] for line in log(tmp_path / "run")} == {"stage 1", "stage 2"}
     data.write_text(data.read_text().replace("me and you", "you and me"))
