@@ -1,9 +1,11 @@
-"""Density: one loss weight per position, read off the frozen vision tower (Sect. 4.2, Algorithm 1, B.2).
+"""Density: one loss weight per position, read off the frozen vision tower (Sect. 4.2, Algorithm 1,
+B.2).
 
-A patch that looks like its neighbours (sky, margin, wall) gets little weight in the residual alignment, one
-that differs from them (a letter, a chart mark, an edge) gets much. Nothing is trained and the student gains
-nothing to carry. Down the file: Eq. 2 turns features into rho, Algorithm 1 turns rho into w, the controls of
-A.6 and A.8 turn other scores into w, and a drawing shows rho (Fig. 2).
+A patch that looks like its neighbours (sky, margin, wall) gets little weight in the residual
+alignment, one that differs from them (a letter, a chart mark, an edge) gets much. Nothing is
+trained and the student gains nothing to carry. Down the file: Eq. 2 turns features into rho,
+Algorithm 1 turns rho into w, the controls of A.6 and A.8 turn other scores into w, and a drawing
+shows rho (Fig. 2).
 
     python density.py page.png photo.jpg --out maps             # Fig. 2 for pictures of your own
     python density.py --cache rho.cache --data train.jsonl --teacher Qwen3-VL-8B-Instruct
@@ -17,8 +19,8 @@ A.6 and A.8 turn other scores into w, and a drawing shows rho (Fig. 2).
     tilde      rho~(p)   (B, T)         rho after min-max, in [0, 1]
     w          w(p)      (B, T) fp32    weights; every row sums to its number of real positions
 
-Where the paper leaves a choice, the docstring of the function that makes it says which one, and why.
-"""
+Where the paper leaves a choice, the docstring of the function that makes it says which one, and
+why. """
 import argparse
 import hashlib
 import math
@@ -31,10 +33,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
 
-from parts.cache import Cache, dequantise, fingerprint, image_sha, quantise, write_cache
+from data import BadSample, BadSamples, Processor, Sample, flattened, open_image, read_data
+from parts.cache import Cache, contents, dequantise, quantise, tower_fingerprint, write_cache
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # From features to density (Eq. 2)
 
 
@@ -42,33 +46,39 @@ from parts.cache import Cache, dequantise, fingerprint, image_sha, quantise, wri
 def patch_density(features, h, w, merge):
     """Eq. 2 for one image, or for n of the same size one after another.
 
-    features (n*h*w, C): patches in merge-block order, i.e. flattened from (h/merge, w/merge, merge, merge).
-    Returns (n * h/merge * w/merge,) fp32: the mean rho of each merge block in raster order, one per visual
-    token. Raises ValueError if the sides are no multiples of merge or the rows do not fill whole images.
+    features (n*h*w, C): patches in merge-block order, i.e. flattened from (h/merge, w/merge, merge,
+    merge). Returns (n * h/merge * w/merge,) fp32: the mean rho of each merge block in raster order,
+    one per visual token. Raises ValueError if the sides are no multiples of merge or the rows do
+    not fill whole images.
 
-    The statistic lives on patches, the loss on visual tokens of merge x merge patches, and the paper is
-    silent on the step between. "The final pre-projector layer" (C.5) is read as: rho on patches, then mean.
+    The statistic lives on patches, the loss on visual tokens of merge x merge patches, and the
+    paper is silent on the step between. "The final pre-projector layer" (C.5) is read as: rho on
+    patches, then mean.
 
-    Does N(p) contain p? Here yes, |N(p)| = 9, and it cannot matter. With m the mean cosine to the other 8,
-    rho = 1 - (1 + 8m)/9 = 8/9 (1 - m). The two readings differ by the factor 8/9, which passes through the
-    block mean and through the text value beta * mean(rho), and cancels in the min-max.
+    Does N(p) contain p? Here yes, |N(p)| = 9, and it cannot matter. With m the mean cosine to the
+    other 8, rho = 1 - (1 + 8m)/9 = 8/9 (1 - m). The two readings differ by the factor 8/9, which
+    passes through the block mean and through the text value beta * mean(rho), and cancels in the
+    min-max.
 
-    Reflected padding needs two rows to reflect; a lone row or column is its own neighbour on both sides.
-    """
+    Reflected padding needs two rows to reflect; a lone row or column is its own neighbour on both
+    sides. """
     if h % merge or w % merge or len(features) == 0 or len(features) % (h * w):
         raise ValueError(f"{len(features)} patches do not fill {h}x{w} images in {merge}x{merge} blocks")
     v = F.normalize(features.float(), dim=-1)                 # (n*h*w, C)    v_p / |v_p|
     v = rearrange(v, "(n y x i j) c -> n (y i) (x j) c", y=h // merge, x=w // merge, i=merge, j=merge)
-    # The sum over neighbours goes inside the product, so one shifted sum serves all nine cosines of a patch.
+    # The sum over neighbours goes inside the product, so one shifted sum serves all nine cosines of
+    # a patch.
     window = _sum3(_sum3(v, 1), 2)                            # (n, h, w, C)  sum of v_q over N(p)
-    rho = 1 - window.mul_(v).sum(-1) / 9                      # (n, h, w)     Eq. 2, as v_p . sum of v_q
-    # A patch of zeros has no direction and no cosine: it stands out from nothing, where the formula would say 1.
+    rho = 1 - window.mul_(v).sum(-1) / 9                  # (n, h, w)     Eq. 2, as v_p . sum of v_q
+    # A patch of zeros has no direction and no cosine: it stands out from nothing, where the formula
+    # would say 1.
     rho = rho.masked_fill(v.norm(dim=-1) < 0.5, 0)
     return reduce(rho, "n (y i) (x j) -> (n y x)", "mean", i=merge, j=merge)
 
 
 def _sum3(v, dim):
-    """v[i-1] + v[i] + v[i+1] along dim, reflected at both ends: v[-1] means v[1] and v[n] means v[n-2]."""
+    """v[i-1] + v[i] + v[i+1] along dim, reflected at both ends: v[-1] means v[1] and v[n] means
+    v[n-2]."""
     n = v.shape[dim]
     if n == 1:
         return 3 * v
@@ -81,11 +91,11 @@ def _sum3(v, dim):
 
 
 def image_densities(features, grids, merge):
-    """Eq. 2 for all images of a batch: features (n_patches, C), grids (n_images, 3) of t, h, w in patches.
+    """Eq. 2 for all images of a batch: features (n_patches, C), grids (n_images, 3) of t, h, w in
+    patches.
 
-    Returns (n_visual,) fp32 in the order of the visual tokens. Each of the t frames is a picture of its own.
-    Raises ValueError if features do not fill the grids or are not finite.
-    """
+    Returns (n_visual,) fp32 in the order of the visual tokens. Each of the t frames is a picture of
+    its own. Raises ValueError if features do not fill the grids or are not finite. """
     sizes = [(h, w) for t, h, w in grids.tolist() for _ in range(t)]
     if sum(h * w for h, w in sizes) != len(features):
         raise ValueError(f"{len(features)} patches do not fill the grids {grids.tolist()}")
@@ -98,12 +108,12 @@ def image_densities(features, grids, merge):
             pieces.append(patch_density(part, h, w, merge))
         start = end
     rho = torch.cat(pieces) if pieces else features.new_zeros(0, dtype=torch.float32)
-    if not torch.isfinite(rho).all():                         # else min-max would make the whole sample uniform
+    if not torch.isfinite(rho).all():             # else min-max would make the whole sample uniform
         raise ValueError("the vision tower's features are not finite: are pixels or weights damaged?")
     return rho
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # From density to weights (Eq. 3, Algorithm 1)
 
 
@@ -126,12 +136,12 @@ FLAT = 1e-5      # a smaller range of rho is fp32 rounding, and stretching it to
 
 
 def to_positions(rho, visual):
-    """rho (n_visual,) -> (B, T) fp32: each at its visual position, at all others the mean of their row.
+    """rho (n_visual,) -> (B, T) fp32: each at its visual position, at all others the mean of their
+    row.
 
-    The "per-image mean" of Algorithm 1, line 3, is taken over the whole sample, like the normalisation of C.5:
-    several images share one scale, so a blank page beside a full one stays light. Rows without an image get 0
-    throughout; rho may be None where no row has one.
-    """
+    The "per-image mean" of Algorithm 1, line 3, is taken over the whole sample, like the
+    normalisation of C.5: several images share one scale, so a blank page beside a full one stays
+    light. Rows without an image get 0 throughout; rho may be None where no row has one. """
     rho = torch.zeros(0, device=visual.device) if rho is None else rho
     if rho.numel() != visual.sum():
         raise ValueError(f"{rho.numel()} densities for {visual.sum().item()} visual positions")
@@ -141,10 +151,11 @@ def to_positions(rho, visual):
 
 
 def normalise_weights(raw, mask):
-    """The right half of Eq. 3, for every kind of weight: each row sums to its real positions, padding is 0.
+    """The right half of Eq. 3, for every kind of weight: each row sums to its real positions,
+    padding is 0.
 
-    raw (..., B, T) non-negative -> the same in fp32. A row whose raw weights are all zero becomes uniform.
-    """
+    raw (..., B, T) non-negative -> the same in fp32. A row whose raw weights are all zero becomes
+    uniform. """
     raw = raw.float() * mask                                  # (..., B, T)
     total = raw.sum(-1, keepdim=True)                         # (..., B, 1)
     count = mask.sum(-1, keepdim=True)                        # (B, 1)  T of each sample
@@ -154,22 +165,22 @@ def normalise_weights(raw, mask):
 def density_weights(rho, visual, mask, names=None, s=Weighting()):
     """Algorithm 1, condition C4: rho, visual and mask (B, T) -> w (B, T).
 
-    minmax="all" (Algorithm 1): the text value enters before the min-max. minmax="visual" (Sect. 4.2): the
-    range is that of the visual positions, and the text value is clamped into it. Eq. 3 wants rho~ in [0, 1],
-    and without the clamp a nearly even image (mean far above max - min) would send text's weight to infinity.
-    A sample without an image, or with the same score everywhere, is uniform: there is nothing to rank.
-    """
-    score = torch.where(visual, rho, s.beta * rho)            # (B, T)  line 3: text has beta times the mean
+    minmax="all" (Algorithm 1): the text value enters before the min-max. minmax="visual" (Sect.
+    4.2): the range is that of the visual positions, and the text value is clamped into it. Eq. 3
+    wants rho~ in [0, 1], and without the clamp a nearly even image (mean far above max - min) would
+    send text's weight to infinity. A sample without an image, or with the same score everywhere, is
+    uniform: there is nothing to rank. """
+    score = torch.where(visual, rho, s.beta * rho)    # (B, T)  line 3: text has beta times the mean
     over = mask if s.minmax == "all" else visual
     low = score.masked_fill(~over, math.inf).amin(1, keepdim=True)      # (B, 1)
     high = score.masked_fill(~over, -math.inf).amax(1, keepdim=True)    # (B, 1)
     tilde = ((score - low) / (high - low)).clamp(0, 1)        # (B, T)  line 4
     tilde = torch.where(high - low > FLAT, tilde, 1)          # nothing to rank: exactly uniform
-    raw = torch.exp((tilde - 1) / s.tau)                      # (B, T)  Eq. 3; the -1 cancels, no overflow
+    raw = torch.exp((tilde - 1) / s.tau)                # (B, T)  Eq. 3; the -1 cancels, no overflow
     return normalise_weights(raw, mask)                       # (B, T)  line 5
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Other weights, of the same form: C3, C5, and the controls of A.6 and A.8
 
 
@@ -179,53 +190,59 @@ def uniform_weights(rho, visual, mask, names=None, s=Weighting()):
 
 
 def fisher_weights(scores, visual, mask, names=None, s=Weighting()):
-    """C5, HEED-G (Eq. 7): w in proportion to the score itself, |g|^2 summed over layers, no exponential.
+    """C5, HEED-G (Eq. 7): w in proportion to the score itself, |g|^2 summed over layers, no
+    exponential.
 
-    scores (B, T), or (S, B, T) where layers keep their own -> w of the same shape. Padding may hold anything.
-    """
+    scores (B, T), or (S, B, T) where layers keep their own -> w of the same shape. Padding may hold
+    anything. """
     if not ((torch.isfinite(scores) & (scores >= 0)) | ~mask).all():
         raise ValueError("gradient scores must be finite and non-negative")
     return normalise_weights(scores.masked_fill(~mask, 0), mask)
 
 
 def modality_weights(rho, visual, mask, names=None, s=Weighting()):
-    """-Density (Table 8), "text/visual modality boost only": Algorithm 1 with every patch at the same rho.
+    """-Density (Table 8), "text/visual modality boost only": Algorithm 1 with every patch at the
+    same rho.
 
-    Which rho drops out: patches at m and text at beta * m (beta > 1) become rho~ = 0 and 1 for any m > 0, so
-    a text position weighs exp(1/tau) times a visual one. The argument rho is not read.
+    Which rho drops out: patches at m and text at beta * m (beta > 1) become rho~ = 0 and 1 for any
+    m > 0, so a text position weighs exp(1/tau) times a visual one. The argument rho is not read.
     """
     return density_weights(torch.ones(visual.shape, device=visual.device), visual, mask, s=replace(s, minmax="all"))
 
 
 def topk_weights(rho, visual, mask, names=None, s=Weighting()):
-    """A.8: BOOST times the weight on the top k % by rho, rounded to whole positions; ties go to the earlier.
+    """A.8: BOOST times the weight on the top k % by rho, rounded to whole positions; ties go to the
+    earlier.
 
-    "k % of positions" is read as visual positions, for only there is rho measured. The rest is "unchanged" up
-    to the factor that keeps sum w = T, so that the arms differ in where the budget goes, not in its size.
-    """
+    "k % of positions" is read as visual positions, for only there is rho measured. The rest is
+    "unchanged" up to the factor that keeps sum w = T, so that the arms differ in where the budget
+    goes, not in its size. """
     score = rho.masked_fill(~visual, -math.inf)
-    rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)    # (B, T)  0 = densest
+    rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)   # (B, T)  0 = densest
     chosen = rank < (visual.sum(1, keepdim=True) * s.k / 100).round()   # (B, T)
     return normalise_weights(1 + (BOOST - 1) * chosen, mask)
 
 
 def random_weights(rho, visual, mask, names=None, s=Weighting()):
-    """A.8, random control: as many positions as topk_weights takes, drawn at random. rho is not read."""
+    """A.8, random control: as many positions as topk_weights takes, drawn at random. rho is not
+    read."""
     draws = torch.cat(drawn_by_name(visual, names, s.seed)).to(visual.device)
     return topk_weights(to_positions(draws, visual), visual, mask, s=s)
 
 
 def shuffled_weights(rho, visual, mask, names=None, s=Weighting()):
-    """A control that the paper lacks: C4's weights on the wrong patches. Each sample's rho is put in random order,
-    so text, range and every weight stay, and only their places on the page are lost."""
+    """A control that the paper lacks: C4's weights on the wrong patches. Each sample's rho is put
+    in random order, so text, range and every weight stay, and only their places on the page are
+    lost."""
     draws = drawn_by_name(visual, names, s.seed)
     mixed = [row[seen][draw.argsort().to(row.device)] for row, seen, draw in zip(rho, visual, draws)]
     return density_weights(to_positions(torch.cat(mixed), visual), visual, mask, s=s)
 
 
 def drawn_by_name(visual, names, seed):
-    """A uniform random number for every visual position, by (seed, sample name) alone -> list of (n,), one per
-    sample. So a sample meets the same draw in every epoch, batch and padding, as it meets the same density."""
+    """A uniform random number for every visual position, by (seed, sample name) alone -> list of
+    (n,), one per sample. So a sample meets the same draw in every epoch, batch and padding, as it
+    meets the same density."""
     if names is None or len(names) != len(visual):
         raise ValueError(f"random weights are drawn by sample name: {len(visual)} rows, names {names}")
     draws = []
@@ -235,8 +252,8 @@ def drawn_by_name(visual, names, seed):
     return draws
 
 
-# One signature: fn(rho (B, T), visual (B, T), mask (B, T), names [B], settings) -> w (B, T). Of the settings it
-# reads what it needs. A weight of your own is one function and one row.
+# One signature: fn(rho (B, T), visual (B, T), mask (B, T), names [B], settings) -> w (B, T). Of the
+# settings it reads what it needs. A weight of your own is one function and one row.
 WEIGHTS = {
     "uniform":  uniform_weights,     # C2, C3
     "density":  density_weights,     # C4              tau, beta, minmax
@@ -247,7 +264,7 @@ WEIGHTS = {
     "shuffled": shuffled_weights,    # control         tau, beta, minmax, seed
 }
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The picture (Fig. 2)
 
 # rho~:  0                .33              .67            1       bright: like its neighbours, dark: distinct
@@ -263,9 +280,9 @@ def _colour(tilde):
 def draw_map(image, rho, long_side=560):
     """The picture beside its density map, over a strip that says how to read it.
 
-    image: PIL image; rho (h, w): one value per visual token. Returns a PIL image in RGB. The map is min-max
-    normalised for this picture and laid over a faint grey print of it, one square per visual token.
-    """
+    image: PIL image; rho (h, w): one value per visual token. Returns a PIL image in RGB. The map is
+    min-max normalised for this picture and laid over a faint grey print of it, one square per
+    visual token. """
     rho = torch.as_tensor(rho).float().cpu().numpy()
     low, high = float(rho.min()), float(rho.max())
     scale, gap, strip = long_side / max(image.size), 12, 40
@@ -286,7 +303,8 @@ def draw_map(image, rho, long_side=560):
 
 
 def sample_density(teacher, processor, sample):
-    """A sample through processor and vision tower -> Encoded, rho (n_visual,) on the CPU. Raises ValueError."""
+    """A sample through processor and vision tower -> Encoded, rho (n_visual,) on the CPU. Raises
+    ValueError."""
     encoded, weight = processor.encode(sample), next(teacher.visual.parameters())
     with torch.no_grad():
         seen = teacher.visual(encoded.pixels.to(weight.device, weight.dtype), encoded.grids.to(weight.device))
@@ -299,79 +317,76 @@ def sample_density(teacher, processor, sample):
 
 def draw_sample(teacher, processor, sample, path):
     """Writes the map of a sample's only image. -> its rho (n_visual,)"""
-    from data import flattened, open_image
     encoded, rho = sample_density(teacher, processor, sample)
     m, (_, h, w) = teacher.config.vision.spatial_merge_size, encoded.grids[0].tolist()
     image = sample.images[0]
-    if not isinstance(image, Image.Image):                    # upright and on white, as the tower saw it
+    if not isinstance(image, Image.Image):               # upright and on white, as the tower saw it
         image = flattened(ImageOps.exif_transpose(open_image(image)))
     draw_map(image, rho.view(h // m, w // m)).save(path)
     return rho
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A corpus into a cache, and the command line
 
 
-def cache_key(teacher, processor):
-    """What decides rho besides the image: vision tower, and the processor's resolution, patches, normalisation."""
-    names = ("patch", "merge", "temporal", "min_pixels", "max_pixels")
-    settings = {name: getattr(processor, name) for name in names} | {"table": processor.table.tolist()}
-    return fingerprint(teacher.visual, settings)
-
-
-def each_record(samples, make, skip=False):
-    """make(name, sample) of each sample of a corpus, once, under its name in a run (a mixture draws its sources in
-    rounds), unless it is None. skip: samples that cannot be used are left out and counted, as `--skip-bad` does."""
-    from data import BadSample, BadSamples
-    from tqdm import tqdm
-    bad = BadSamples(skip)
-    sources = {f"{n}/": source for n, source in getattr(samples, "sources", {}).items()} or {"": samples}
-    for prefix, i in tqdm([(p, i) for p, source in sources.items() for i in range(len(source))], unit=" samples"):
-        try:
-            sample = sources[prefix][i]
-            record = make(prefix + sample.id, sample)
-        except BadSample as error:
-            bad.saw(1, [str(error)])
-            continue
-        bad.saw(1)
-        if record:
-            yield record
-    if bad.bad:
-        print(f"{bad.bad} of {bad.seen} samples were left out; the first: {' '.join(bad.first)}")
-
-
 def quantisation_error(rho, visual, mask, s=Weighting()):
-    """Largest |w4 / w - 1| over one sample's real positions, w4 from 4-bit rho; visual and mask are (1, T).
+    """Largest |w4 / w - 1| over one sample's real positions, w4 from 4-bit rho; visual and mask are
+    (1, T).
 
-    Half a step is 1/30 of rho~, so exp(rho~/tau) is off by at most exp(1/(30 tau)) - 1 (6.9 % at tau = 0.5),
-    and w, whose sum may be off the other way, by at most exp(1/(15 tau)) - 1 (14.3 %).
+    Half a step is 1/30 of rho~, so exp(rho~/tau) is off by at most exp(1/(30 tau)) - 1 (6.9 % at
+    tau = 0.5), and w, whose sum may be off the other way, by at most exp(1/(15 tau)) - 1 (14.3 %).
     """
     exact = to_positions(rho, visual)
-    coarse = exact.masked_scatter(visual, dequantise(*quantise(rho)))        # text keeps the exact mean
+    coarse = exact.masked_scatter(visual, dequantise(*quantise(rho)))    # text keeps the exact mean
     w, w4 = (density_weights(score, visual, mask, s=s) for score in (exact, coarse))
     return (w4 / w - 1)[mask].abs().max().item()
 
 
-def cache_corpus(path, samples, teacher, processor, skip=False):
-    """Write rho of every sample that has an image, and say how large and how coarse the cache is."""
-    errors, made_with = [], cache_key(teacher, processor)
+def cache_corpus(path, samples, make, made_with, kind="density", skip=False):
+    """Writes make(sample) -> (Encoded, scores), or None, of every sample, once, under its name in a
+    run (a mixture draws its sources in rounds). skip: what cannot be used is left out and counted,
+    as --skip-bad does."""
+    bad, sources = BadSamples(skip), {f"{n}/": source for n, source in getattr(samples, "sources", {}).items()}
 
-    def record(name, sample):
+    def records():
+        for prefix, source in (sources or {"": samples}).items():
+            for i in tqdm(range(len(source)), unit=" samples"):
+                try:
+                    sample = source[i]
+                    made = make(sample)
+                    bad.saw(1)
+                except BadSample as error:
+                    bad.saw(1, [str(error)])
+                    continue
+                if made:
+                    encoded, scores = made
+                    yield prefix + sample.id, contents(sample, encoded, kind), encoded.grids, scores
+
+    write_cache(path, records(), made_with, kind)
+    if bad.bad:
+        print(f"{bad.bad} of {bad.seen} samples were left out; the first: {' '.join(bad.first)}")
+    print(Cache(path, made_with, kind))
+
+
+def cache_density(path, samples, teacher, processor, skip=False):
+    """rho of every sample that has an image; says how coarse four bits are."""
+    errors = [0.0]
+
+    def make(sample):
         if not sample.images:
             return None
         encoded, rho = sample_density(teacher, processor, sample)
         visual = (encoded.ids == teacher.config.image_token_id)[None]
         errors.append(quantisation_error(rho, visual, torch.ones_like(visual)))
-        return name, image_sha(sample.images), encoded.grids, rho
+        return encoded, rho
 
-    write_cache(path, each_record(samples, record, skip), made_with)
-    print(f"{Cache(path, made_with)}; 4 bits move w by at most {100 * max(errors, default=0):.1f} %")
+    cache_corpus(path, samples, make, tower_fingerprint(teacher, processor), skip=skip)
+    print(f"4 bits move w by at most {100 * max(errors):.1f} %")
 
 
 def draw_files(paths, teacher, processor, folder):
     """Write FOLDER/NAME.density.png for every picture."""
-    from data import Sample
     if len({Path(path).stem for path in paths}) < len(paths):
         raise ValueError("two pictures have the same name, and so would their drawings")
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -396,7 +411,6 @@ def main():
     if bool(args.cache) != bool(args.data) or not (args.images or args.cache):
         parser.error("give pictures to draw, or --cache FILE together with --data FILE")
 
-    from data import BadSample, Processor, read_data
     from model import Qwen3VL, device_of, dtype_of
     device = device_of()
     try:
@@ -405,7 +419,7 @@ def main():
         if args.images:
             draw_files(args.images, teacher, processor, args.out)
         if args.cache:
-            cache_corpus(args.cache, read_data(args.data), teacher, processor, args.skip_bad)
+            cache_density(args.cache, read_data(args.data), teacher, processor, args.skip_bad)
     except (BadSample, ValueError, OSError) as error:
         raise SystemExit(str(error))
 

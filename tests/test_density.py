@@ -361,13 +361,13 @@ def test_a_cache_gives_back_what_was_written_to_half_a_step_and_its_extremes_and
     assert (opened.n_records, opened.n_values) == (5, 76)
     for sample_id, sha, grids, values in records:
         back, mean = opened.record(sample_id, bytes.fromhex(sha), grids and torch.tensor(grids))
-        assert torch.equal(back, opened.record(sample_id, sha, grids).values) and back.shape == values.shape
+        assert torch.equal(back, opened.record(sample_id, sha, grids)[0]) and back.shape == values.shape
         assert (back - values).abs().max() <= (values.max() - values.min()) / 30 + 1e-7
         assert back.min() == values.min() and back.max() == values.max()
         assert mean == pytest.approx(values.mean().item(), rel=1e-6)
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
     again = pickle.loads(pickle.dumps(opened))              # as a data worker gets it
-    assert torch.equal(again.record(*records[1][:3]).values, opened.record(*records[1][:3]).values)
+    assert torch.equal(again.record(*records[1][:3])[0], opened.record(*records[1][:3])[0])
 
 
 def test_four_bits_move_w_by_no_more_than_the_closed_form_bound():
@@ -389,7 +389,7 @@ def test_fisher_values_of_a_heavy_tail_keep_their_ratios(tmp_path):
     values = torch.tensor(RNG.lognormal(0, 1.5, 500), dtype=torch.float32)
     values[3] = 0
     write_cache(tmp_path / "c", [("x", b"1" * 32, None, values)], PRINT, kind="fisher")
-    back = Cache(tmp_path / "c", PRINT, kind="fisher").record("x", b"1" * 32, None).values
+    back = Cache(tmp_path / "c", PRINT, kind="fisher").record("x", b"1" * 32, None)[0]
     floored = values.clamp(min=1e-4 * values.max().item())
     half_step = (floored.max() / floored.min()).log().item() / 30
     assert (back / floored).log().abs().max() <= half_step + 1e-5
@@ -459,7 +459,7 @@ def test_a_lookup_reads_its_record_and_not_the_file(tmp_path):
     """By the kernel's count of the file's pages that came into memory."""
     write_cache(tmp_path / "c", ((str(i), b"", None, torch.rand(2_000_000)) for i in range(24)), PRINT)
     opened = Cache(tmp_path / "c", PRINT)
-    values = opened.record("7", b"", None).values
+    values = opened.record("7", b"", None)[0]
     assert (tmp_path / "c").stat().st_size > 24e6 and len(values) == 2_000_000
     mapped = next(line for line in Path("/proc/self/smaps").read_text().split(str(tmp_path / "c"))[1].splitlines()
                   if line.startswith("Rss"))

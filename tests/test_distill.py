@@ -234,7 +234,7 @@ def test_a_density_cache_gives_the_weights_of_the_live_tower_and_no_others(teach
     s, f, g, processor = load(teacher, tmp_path, cond="c4")
     samples = [World("train", 3, "receipt", cells=(3, 7))[i] for i in range(3)]
     samples.insert(1, Sample("talk", [dict(role="document", content=[dict(type="text", text="no image")])]))
-    density.cache_corpus(tmp_path / "rho", samples, f, processor)
+    density.cache_density(tmp_path / "rho", samples, f, processor)
     live, kept = (weights(s, f, g, processor, samples, cache) for cache in ("", tmp_path / "rho"))
     real = live > 0
     assert not torch.equal(kept, live) and (kept / live - 1)[real].abs().max() < 0.155      # B.2's 4 bits
