@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
 MAX_TEXT_TOKENS = 4096               # App. C.3: pure text is truncated here,
 MAX_TOKENS = 8192                    #           vision-text is capped here,
@@ -789,6 +790,25 @@ class BadSamples:
         if self.bad > self.limit * max(self.seen, self.grace):
             raise BadSample(f"{self.bad} of {self.seen} samples cannot be used, above the limit of "
                             f"{self.limit:.1%}; the first: {' '.join(self.first)}")
+
+
+def each(samples, make, skip=False):
+    """make(name, sample) of every sample of a corpus, once, under its name in a run (a mixture draws its sources in
+    rounds), unless it is None. What cannot be used is as `skip` says, and at the end it is counted."""
+    bad = BadSamples(skip)
+    sources = {f"{n}/": source for n, source in getattr(samples, "sources", {}).items()} or {"": samples}
+    for prefix, i in tqdm([(p, i) for p, source in sources.items() for i in range(len(source))], unit=" samples"):
+        made = None
+        try:
+            sample = sources[prefix][i]
+            made = make(prefix + sample.id, sample)
+            bad.saw(1)
+        except BadSample as error:
+            bad.saw(1, [str(error)])
+        if made is not None:
+            yield made
+    if bad.bad:
+        print(f"{bad.bad} of {bad.seen} samples were left out; the first: {' '.join(bad.first)}")
 
 
 class Micro(NamedTuple):

@@ -10,14 +10,14 @@ shows rho (Fig. 2).
     python density.py page.png photo.jpg --out maps             # Fig. 2 for pictures of your own
     python density.py --cache rho.cache --data train.jsonl --teacher Qwen3-VL-8B-Instruct
 
-    code       paper     shape
-    v          v_p       (n, h, w, C)   unit patch features, last ViT block, before the merger; C channels
-    rho        rho(p)    (n_visual,)    one per visual token, image after image, row after row of the batch;
-                         (B, T)         then one per position (`to_positions`)
-    visual     V(x)      (B, T) bool    image positions
-    mask                 (B, T) bool    real positions (False on padding): the T of "sum_p w(p) = T"
-    tilde      rho~(p)   (B, T)         rho after min-max, in [0, 1]
-    w          w(p)      (B, T) fp32    weights; every row sums to its number of real positions
+    code     paper    shape
+    v        v_p      (n, h, w, C)  unit patch features, last ViT block, before the merger; C channels
+    rho      rho(p)   (n_visual,)   one per visual token, image after image, row after row of a batch;
+                      (B, T)        then one per position (`to_positions`)
+    visual   V(x)     (B, T) bool   image positions
+    mask              (B, T) bool   real positions (False on padding): the T of "sum_p w(p) = T"
+    tilde    rho~(p)  (B, T)        rho after min-max, in [0, 1]
+    w        w(p)     (B, T) fp32   weights; every row sums to its number of real positions
 
 Where the paper leaves a choice, the docstring of the function that makes it says which one, and
 why. """
@@ -28,15 +28,14 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from tqdm import tqdm
+from PIL import Image, ImageOps
 
-from data import BadSample, BadSamples, Processor, Sample, flattened, open_image, read_data
+from data import BadSample, Processor, Sample, each, flattened, open_image, read_data
 from parts.cache import Cache, contents, dequantise, quantise, tower_fingerprint, write_cache
+from parts.picture import draw_map
 
 # --------------------------------------------------------------------------------------------------
 # From features to density (Eq. 2)
@@ -109,7 +108,7 @@ def image_densities(features, grids, merge):
         start = end
     rho = torch.cat(pieces) if pieces else features.new_zeros(0, dtype=torch.float32)
     if not torch.isfinite(rho).all():             # else min-max would make the whole sample uniform
-        raise ValueError("the vision tower's features are not finite: are pixels or weights damaged?")
+        raise ValueError("features are not finite: are pixels or the vision tower damaged?")
     return rho
 
 
@@ -128,7 +127,8 @@ class Weighting:
 
     def __post_init__(self):
         if self.minmax not in ("all", "visual") or not self.tau > 0:
-            raise ValueError(f'minmax must be "all" or "visual" and tau > 0, got {self.minmax!r} and {self.tau}')
+            raise ValueError('minmax must be "all" or "visual" and tau > 0, got '
+                             f"{self.minmax!r} and {self.tau}")
 
 
 BOOST = 5.0      # what topk and random multiply the weight of their positions by (A.8)
@@ -207,7 +207,8 @@ def modality_weights(rho, visual, mask, names=None, s=Weighting()):
     Which rho drops out: patches at m and text at beta * m (beta > 1) become rho~ = 0 and 1 for any
     m > 0, so a text position weighs exp(1/tau) times a visual one. The argument rho is not read.
     """
-    return density_weights(torch.ones(visual.shape, device=visual.device), visual, mask, s=replace(s, minmax="all"))
+    even = torch.ones(visual.shape, device=visual.device)
+    return density_weights(even, visual, mask, s=replace(s, minmax="all"))
 
 
 def topk_weights(rho, visual, mask, names=None, s=Weighting()):
@@ -235,7 +236,8 @@ def shuffled_weights(rho, visual, mask, names=None, s=Weighting()):
     in random order, so text, range and every weight stay, and only their places on the page are
     lost."""
     draws = drawn_by_name(visual, names, s.seed)
-    mixed = [row[seen][draw.argsort().to(row.device)] for row, seen, draw in zip(rho, visual, draws)]
+    rows = zip(rho, visual, draws)
+    mixed = [row[seen][draw.argsort().to(row.device)] for row, seen, draw in rows]
     return density_weights(to_positions(torch.cat(mixed), visual), visual, mask, s=s)
 
 
@@ -265,41 +267,7 @@ WEIGHTS = {
 }
 
 # --------------------------------------------------------------------------------------------------
-# The picture (Fig. 2)
-
-# rho~:  0                .33              .67            1       bright: like its neighbours, dark: distinct
-RAMP = [(255, 249, 232), (246, 180, 106), (178, 58, 92), (26, 12, 56)]
-
-
-def _colour(tilde):
-    """tilde (h, w) in [0, 1] -> an image along RAMP, which only ever darkens."""
-    stops = np.linspace(0, 1, len(RAMP))
-    return Image.fromarray(np.stack([np.interp(tilde, stops, channel) for channel in zip(*RAMP)], -1).astype(np.uint8))
-
-
-def draw_map(image, rho, long_side=560):
-    """The picture beside its density map, over a strip that says how to read it.
-
-    image: PIL image; rho (h, w): one value per visual token. Returns a PIL image in RGB. The map is
-    min-max normalised for this picture and laid over a faint grey print of it, one square per
-    visual token. """
-    rho = torch.as_tensor(rho).float().cpu().numpy()
-    low, high = float(rho.min()), float(rho.max())
-    scale, gap, strip = long_side / max(image.size), 12, 40
-    size = tuple(max(1, round(side * scale)) for side in image.size)
-    photo = image.convert("RGB").resize(size, Image.LANCZOS if scale < 1 else Image.NEAREST)
-    heat = _colour((rho - low) / max(high - low, FLAT)).resize(size, Image.NEAREST)
-    heat = Image.blend(heat, photo.convert("L").convert("RGB"), 0.22)
-
-    sheet = Image.new("RGB", (max(2 * size[0] + 3 * gap, 560), size[1] + 2 * gap + strip), "white")
-    middle, row = sheet.width // 2, size[1] + 2 * gap + 8
-    sheet.paste(photo, (middle - gap // 2 - size[0], gap))
-    sheet.paste(heat, (middle + gap // 2, gap))
-    sheet.paste(_colour(np.linspace(0, 1, 160)[None].repeat(12, 0)), (middle - 80, row))
-    pen, font, ink = ImageDraw.Draw(sheet), ImageFont.load_default(13), (70, 70, 80)
-    pen.text((middle - 92, row + 6), f"like its neighbours  {low:.3f}", ink, font, anchor="rm")
-    pen.text((middle + 92, row + 6), f"{high:.3f}  distinct", ink, font, anchor="lm")
-    return sheet
+# Samples through the tower: pictures (Fig. 2), and a corpus into a cache
 
 
 def sample_density(teacher, processor, sample):
@@ -307,7 +275,8 @@ def sample_density(teacher, processor, sample):
     ValueError."""
     encoded, weight = processor.encode(sample), next(teacher.visual.parameters())
     with torch.no_grad():
-        seen = teacher.visual(encoded.pixels.to(weight.device, weight.dtype), encoded.grids.to(weight.device))
+        pixels, grids = encoded.pixels.to(weight), encoded.grids.to(weight.device)
+        seen = teacher.visual(pixels, grids)
     try:
         rho = image_densities(seen.patches, encoded.grids, teacher.config.vision.spatial_merge_size)
     except ValueError as error:
@@ -326,8 +295,16 @@ def draw_sample(teacher, processor, sample, path):
     return rho
 
 
-# --------------------------------------------------------------------------------------------------
-# A corpus into a cache, and the command line
+def draw_files(paths, teacher, processor, folder):
+    """Write FOLDER/NAME.density.png for every picture."""
+    if len({Path(path).stem for path in paths}) < len(paths):
+        raise ValueError("two pictures have the same name, and so would their drawings")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for path in map(Path, paths):
+        messages = [{"role": "user", "content": [{"type": "image"}]}]
+        target = Path(folder) / f"{path.stem}.density.png"
+        rho = draw_sample(teacher, processor, Sample(path.name, messages, [path], "cli"), target)
+        print(f"{target}: {len(rho)} visual tokens, rho {rho.min():.3f} to {rho.max():.3f}")
 
 
 def quantisation_error(rho, visual, mask, s=Weighting()):
@@ -344,28 +321,12 @@ def quantisation_error(rho, visual, mask, s=Weighting()):
 
 
 def cache_corpus(path, samples, make, made_with, kind="density", skip=False):
-    """Writes make(sample) -> (Encoded, scores), or None, of every sample, once, under its name in a
-    run (a mixture draws its sources in rounds). skip: what cannot be used is left out and counted,
-    as --skip-bad does."""
-    bad, sources = BadSamples(skip), {f"{n}/": source for n, source in getattr(samples, "sources", {}).items()}
+    """Writes make(sample) -> (Encoded, scores) of every sample; None of it is left out."""
+    def record(name, sample):
+        made = make(sample)
+        return made and (name, contents(sample, made[0], kind), made[0].grids, made[1])
 
-    def records():
-        for prefix, source in (sources or {"": samples}).items():
-            for i in tqdm(range(len(source)), unit=" samples"):
-                try:
-                    sample = source[i]
-                    made = make(sample)
-                    bad.saw(1)
-                except BadSample as error:
-                    bad.saw(1, [str(error)])
-                    continue
-                if made:
-                    encoded, scores = made
-                    yield prefix + sample.id, contents(sample, encoded, kind), encoded.grids, scores
-
-    write_cache(path, records(), made_with, kind)
-    if bad.bad:
-        print(f"{bad.bad} of {bad.seen} samples were left out; the first: {' '.join(bad.first)}")
+    write_cache(path, each(samples, record, skip), made_with, kind)
     print(Cache(path, made_with, kind))
 
 
@@ -383,18 +344,6 @@ def cache_density(path, samples, teacher, processor, skip=False):
 
     cache_corpus(path, samples, make, tower_fingerprint(teacher, processor), skip=skip)
     print(f"4 bits move w by at most {100 * max(errors):.1f} %")
-
-
-def draw_files(paths, teacher, processor, folder):
-    """Write FOLDER/NAME.density.png for every picture."""
-    if len({Path(path).stem for path in paths}) < len(paths):
-        raise ValueError("two pictures have the same name, and so would their drawings")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for path in map(Path, paths):
-        messages = [{"role": "user", "content": [{"type": "image"}]}]
-        target = Path(folder) / f"{path.stem}.density.png"
-        rho = draw_sample(teacher, processor, Sample(path.name, messages, [path], "cli"), target)
-        print(f"{target}: {len(rho)} visual tokens, rho {rho.min():.3f} to {rho.max():.3f}")
 
 
 def main():

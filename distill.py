@@ -199,8 +199,8 @@ def following(labels):
 
 def in_chunks(loss, chunk, *rows):
     """loss(rows) of `chunk` rows at a time, in a list."""
-    pieces = zip(*(t.split(chunk) for t in rows)) if len(rows[0]) else ()
-    return [checkpoint(loss, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    return [checkpoint(loss, *piece, use_reentrant=False, preserve_rng_state=False)
+            for piece in zip(*(t.split(chunk) for t in rows)) if len(piece[0])]
 
 
 def token_logps(hidden, target, head, chunk=512):
@@ -254,8 +254,8 @@ class Distillation:
         self.mixers = {n: p for n, p in own.items() if any(place in n for place in at)}
         self.others = {n: p for n, p in own.items() if n not in self.mixers}
         if self.cond.align and self.shares[0] and not any(map(self.is_new, self.mixers)):
-            raise ValueError("the mixer inherits all its parameters, so Stage 1 has nothing to train: "
-                             "give it no share, for instance --stages 0/40/60")
+            raise ValueError("the mixer inherits all its parameters, so Stage 1 has nothing to train: give "
+                             "it no share, for instance --stages 0/40/60")
 
     def parameters(self):
         return {**self.mixers, **self.others}
@@ -267,23 +267,19 @@ class Distillation:
         inherited = self.student.layers[int(layer)].self_attn.INHERITED
         return not any(inner == name or inner.startswith(name + ".") for name in inherited)
 
-    def stage(self, progress):
-        """The stage (1, 2, 3) at this share of the budget, and where it begins and ends."""
-        if self.cond.align is None:
-            return 3, 0, 1
-        borders = [0, self.shares[0] / 100, (self.shares[0] + self.shares[1]) / 100, 1]
-        n = 1 + (progress >= borders[1]) + (progress >= borders[2])
-        return n, borders[n - 1], borders[n]
-
     def prepare(self, progress):
-        """Opens what trains now. -> label, and the span of the learning rate's schedule, in shares
-        of the budget."""
-        stage, *span = self.stage(progress)
+        """Opens what trains at this share of the budget. -> label, and the span of the learning
+        rate's schedule, in shares of the budget."""
+        borders = [0, self.shares[0] / 100, (self.shares[0] + self.shares[1]) / 100, 1]
+        stage = 1 + (progress >= borders[1]) + (progress >= borders[2])
+        if self.cond.align is None:
+            stage, borders = 3, [0, 0, 0, 1]
         for name, p in self.mixers.items():
             p.requires_grad_(stage > 1 or self.is_new(name))
         for p in self.others.values():
             p.requires_grad_(stage == 3)
-        return f"stage {stage}", (0, 1) if self.s.schedule == "whole" else span
+        span = (0, 1) if self.s.schedule == "whole" else borders[stage - 1:stage + 1]
+        return f"stage {stage}", span
 
     def loss(self, batch, label, backward=lambda part: part):
         """One micro-batch -> loss sum (to be divided by the count), count, other sums for the log.
@@ -309,7 +305,8 @@ class Distillation:
         # has all.
         one_by_one, loss, plain = self.s.feed == "teacher", 0.0, 0.0
         mask = causal_mask_needed(batch.mask)
-        errors = lockstep(self.teacher, self.student, self.replaced, e, mask, self.cond.align, self.s.feed)
+        errors = lockstep(self.teacher, self.student, self.replaced, e, mask, self.cond.align,
+                          self.s.feed)
         for w_l, error in zip(w, errors):                               # (B, T) each
             part = (w_l * error).sum() / len(self.replaced)           # all that C3 and C4 differ in
             loss = loss + (backward(part) if one_by_one else part)
@@ -466,24 +463,18 @@ def draw_pages(teacher, processor, folder, page, count=3):
 
 def check(s):
     """Refuses flags that contradict each other, before anything is loaded. Raises ValueError."""
-    cond, one_process = CONDS[s.cond], int(os.environ.get("WORLD_SIZE", 1)) == 1
+    cond, data, write, read = CONDS[s.cond], s.data, s.write_cache, s.density_cache
     gradient = cond.weight == "fisher" and cond.layers != "each"
-    caches, read = s.write_cache or s.density_cache, s.density_cache
     for wrong, sentence in (
-            (s.data and (s.suite or s.page != 10),
-             "--suite and --page are of the embedded world, which --data takes the place of"),
-            (caches and not s.data,
-             "a cache is of files: --write-cache and --density-cache need --data"),
-            (s.write_cache and read,
-             "--write-cache makes a file, --density-cache reads one: give one of them"),
-            (s.write_cache and not gradient,
-             f"--write-cache is for gradients with one score per position (c5, sl), not {s.cond}"),
-            (s.write_cache and not one_process,
-             "--write-cache writes one file: start it as one process"),
-            (read and not (gradient or cond.weight == "density"),
-             f"--density-cache is for one density or score per position, not {s.cond}"),
-            (read and not Path(read).is_file(),
-             f"--density-cache {read}: there is no such file")):
+        (data and (s.suite or s.page != 10), "--suite and --page are of the embedded world, not --data"),
+        ((write or read) and not data, "caches are of files: --write-cache and --density-cache need --data"),
+        (write and read, "--write-cache makes a file, --density-cache reads one: give one of them"),
+        (write and not gradient, f"--write-cache is for one gradient score a position (c5, sl), not {s.cond}"),
+        (write and int(os.environ.get("WORLD_SIZE", 1)) > 1, "--write-cache runs as one process"),
+        (read and not (gradient or cond.weight == "density"),
+         f"--density-cache is for one density or score a position, not {s.cond}"),
+        (read and not Path(read).is_file(), f"--density-cache {read}: there is no such file"),
+    ):
         if wrong:
             raise ValueError(sentence)
 

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from density import WEIGHTS, Weighting, draw_map, image_densities, patch_density, quantisation_error, sample_density, to_positions
+from density import WEIGHTS, Weighting, image_densities, patch_density, quantisation_error, sample_density, to_positions
 from parts.cache import Cache, CacheError, dequantise, fingerprint, image_sha, quantise, write_cache
+from parts.picture import draw_map
 
 RNG = np.random.default_rng(0)
 
