@@ -1,11 +1,9 @@
-"""Density: one loss weight per position, read off the frozen vision tower (Sect. 4.2, Algorithm 1,
-B.2).
+"""Density: one loss weight per position, from the frozen vision tower (Sect. 4.2, Algorithm 1, B.2).
 
 A patch that looks like its neighbours (sky, margin, wall) gets little weight in the residual
 alignment, one that differs from them (a letter, a chart mark, an edge) gets much. Nothing is
 trained and the student gains nothing to carry. Down the file: Eq. 2 turns features into rho,
-Algorithm 1 turns rho into w, the controls of A.6 and A.8 turn other scores into w, and a drawing
-shows rho (Fig. 2).
+Algorithm 1 turns rho into w, and so do its controls (A.6, A.8); then the two commands:
 
     python density.py page.png photo.jpg --out maps             # Fig. 2 for pictures of your own
     python density.py --cache rho.cache --data train.jsonl --teacher Qwen3-VL-8B-Instruct
@@ -19,8 +17,8 @@ shows rho (Fig. 2).
     tilde    rho~(p)  (B, T)        rho after min-max, in [0, 1]
     w        w(p)     (B, T) fp32   weights; every row sums to its number of real positions
 
-Where the paper leaves a choice, the docstring of the function that makes it says which one, and
-why. """
+Where the paper leaves a choice, the docstring of the function that makes it says which, and why.
+"""
 import argparse
 import hashlib
 import math
@@ -59,25 +57,22 @@ def patch_density(features, h, w, merge):
     passes through the block mean and through the text value beta * mean(rho), and cancels in the
     min-max.
 
-    Reflected padding needs two rows to reflect; a lone row or column is its own neighbour on both
-    sides. """
+    Reflected padding needs two rows to reflect; a lone row or column is its own neighbour twice.
+    """
     if h % merge or w % merge or len(features) == 0 or len(features) % (h * w):
         raise ValueError(f"{len(features)} patches do not fill {h}x{w} images in {merge}x{merge} blocks")
     v = F.normalize(features.float(), dim=-1)                 # (n*h*w, C)    v_p / |v_p|
     v = rearrange(v, "(n y x i j) c -> n (y i) (x j) c", y=h // merge, x=w // merge, i=merge, j=merge)
-    # The sum over neighbours goes inside the product, so one shifted sum serves all nine cosines of
-    # a patch.
+    # The sum over q goes inside the product, so one shifted sum serves the nine cosines of a patch.
     window = _sum3(_sum3(v, 1), 2)                            # (n, h, w, C)  sum of v_q over N(p)
     rho = 1 - window.mul_(v).sum(-1) / 9                  # (n, h, w)     Eq. 2, as v_p . sum of v_q
-    # A patch of zeros has no direction and no cosine: it stands out from nothing, where the formula
-    # would say 1.
+    # A patch of zeros has no direction, so it stands out from nothing; the formula would say 1.
     rho = rho.masked_fill(v.norm(dim=-1) < 0.5, 0)
     return reduce(rho, "n (y i) (x j) -> (n y x)", "mean", i=merge, j=merge)
 
 
 def _sum3(v, dim):
-    """v[i-1] + v[i] + v[i+1] along dim, reflected at both ends: v[-1] means v[1] and v[n] means
-    v[n-2]."""
+    """v[i-1] + v[i] + v[i+1] along dim, reflected at the ends: v[-1] is v[1], v[n] is v[n-2]."""
     n = v.shape[dim]
     if n == 1:
         return 3 * v
@@ -90,11 +85,11 @@ def _sum3(v, dim):
 
 
 def image_densities(features, grids, merge):
-    """Eq. 2 for all images of a batch: features (n_patches, C), grids (n_images, 3) of t, h, w in
-    patches.
+    """Eq. 2 for a batch: features (n_patches, C), grids (n_images, 3) of t, h, w in patches.
 
     Returns (n_visual,) fp32 in the order of the visual tokens. Each of the t frames is a picture of
-    its own. Raises ValueError if features do not fill the grids or are not finite. """
+    its own. Raises ValueError if features do not fill the grids or are not finite.
+    """
     sizes = [(h, w) for t, h, w in grids.tolist() for _ in range(t)]
     if sum(h * w for h, w in sizes) != len(features):
         raise ValueError(f"{len(features)} patches do not fill the grids {grids.tolist()}")
@@ -132,16 +127,16 @@ class Weighting:
 
 
 BOOST = 5.0      # what topk and random multiply the weight of their positions by (A.8)
-FLAT = 1e-5      # a smaller range of rho is fp32 rounding, and stretching it to [0, 1] would weight noise
+FLAT = 1e-5      # a smaller range of rho is fp32 rounding: stretched to [0, 1], it would weight noise
 
 
 def to_positions(rho, visual):
-    """rho (n_visual,) -> (B, T) fp32: each at its visual position, at all others the mean of their
-    row.
+    """rho (n_visual,) -> (B, T) fp32: each at its visual position, elsewhere the mean of the row.
 
     The "per-image mean" of Algorithm 1, line 3, is taken over the whole sample, like the
     normalisation of C.5: several images share one scale, so a blank page beside a full one stays
-    light. Rows without an image get 0 throughout; rho may be None where no row has one. """
+    light. Rows without an image get 0 throughout; rho may be None where no row has one.
+    """
     rho = torch.zeros(0, device=visual.device) if rho is None else rho
     if rho.numel() != visual.sum():
         raise ValueError(f"{rho.numel()} densities for {visual.sum().item()} visual positions")
@@ -151,11 +146,10 @@ def to_positions(rho, visual):
 
 
 def normalise_weights(raw, mask):
-    """The right half of Eq. 3, for every kind of weight: each row sums to its real positions,
-    padding is 0.
+    """The right half of Eq. 3, of every weight: a row sums to its real positions, padding is 0.
 
-    raw (..., B, T) non-negative -> the same in fp32. A row whose raw weights are all zero becomes
-    uniform. """
+    raw (..., B, T) non-negative -> the same in fp32. A row of zeros becomes uniform.
+    """
     raw = raw.float() * mask                                  # (..., B, T)
     total = raw.sum(-1, keepdim=True)                         # (..., B, 1)
     count = mask.sum(-1, keepdim=True)                        # (B, 1)  T of each sample
@@ -169,7 +163,8 @@ def density_weights(rho, visual, mask, names=None, s=Weighting()):
     4.2): the range is that of the visual positions, and the text value is clamped into it. Eq. 3
     wants rho~ in [0, 1], and without the clamp a nearly even image (mean far above max - min) would
     send text's weight to infinity. A sample without an image, or with the same score everywhere, is
-    uniform: there is nothing to rank. """
+    uniform: there is nothing to rank.
+    """
     score = torch.where(visual, rho, s.beta * rho)    # (B, T)  line 3: text has beta times the mean
     over = mask if s.minmax == "all" else visual
     low = score.masked_fill(~over, math.inf).amin(1, keepdim=True)      # (B, 1)
@@ -190,19 +185,17 @@ def uniform_weights(rho, visual, mask, names=None, s=Weighting()):
 
 
 def fisher_weights(scores, visual, mask, names=None, s=Weighting()):
-    """C5, HEED-G (Eq. 7): w in proportion to the score itself, |g|^2 summed over layers, no
-    exponential.
+    """C5, HEED-G (Eq. 7): w in proportion to |g|^2, summed over layers; no exponential.
 
-    scores (B, T), or (S, B, T) where layers keep their own -> w of the same shape. Padding may hold
-    anything. """
+    scores (B, T), or (S, B, T) where layers keep their own -> w of that shape. Padding is not read.
+    """
     if not ((torch.isfinite(scores) & (scores >= 0)) | ~mask).all():
         raise ValueError("gradient scores must be finite and non-negative")
     return normalise_weights(scores.masked_fill(~mask, 0), mask)
 
 
 def modality_weights(rho, visual, mask, names=None, s=Weighting()):
-    """-Density (Table 8), "text/visual modality boost only": Algorithm 1 with every patch at the
-    same rho.
+    """-Density (Table 8), "text/visual modality boost only": Algorithm 1, all patches at one rho.
 
     Which rho drops out: patches at m and text at beta * m (beta > 1) become rho~ = 0 and 1 for any
     m > 0, so a text position weighs exp(1/tau) times a visual one. The argument rho is not read.
@@ -212,12 +205,12 @@ def modality_weights(rho, visual, mask, names=None, s=Weighting()):
 
 
 def topk_weights(rho, visual, mask, names=None, s=Weighting()):
-    """A.8: BOOST times the weight on the top k % by rho, rounded to whole positions; ties go to the
-    earlier.
+    """A.8: BOOST times the weight on the top k % by rho, in whole positions; ties to the earlier.
 
     "k % of positions" is read as visual positions, for only there is rho measured. The rest is
     "unchanged" up to the factor that keeps sum w = T, so that the arms differ in where the budget
-    goes, not in its size. """
+    goes, not in its size.
+    """
     score = rho.masked_fill(~visual, -math.inf)
     rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)   # (B, T)  0 = densest
     chosen = rank < (visual.sum(1, keepdim=True) * s.k / 100).round()   # (B, T)
@@ -225,16 +218,14 @@ def topk_weights(rho, visual, mask, names=None, s=Weighting()):
 
 
 def random_weights(rho, visual, mask, names=None, s=Weighting()):
-    """A.8, random control: as many positions as topk_weights takes, drawn at random. rho is not
-    read."""
+    """A.8, random control: as many positions as topk_weights takes, at random. rho is not read."""
     draws = torch.cat(drawn_by_name(visual, names, s.seed)).to(visual.device)
     return topk_weights(to_positions(draws, visual), visual, mask, s=s)
 
 
 def shuffled_weights(rho, visual, mask, names=None, s=Weighting()):
-    """A control that the paper lacks: C4's weights on the wrong patches. Each sample's rho is put
-    in random order, so text, range and every weight stay, and only their places on the page are
-    lost."""
+    """A control that the paper lacks: C4's weights on the wrong patches. Each sample's rho is in
+    random order: text, range and every weight stay, only their places on the page are lost."""
     draws = drawn_by_name(visual, names, s.seed)
     rows = zip(rho, visual, draws)
     mixed = [row[seen][draw.argsort().to(row.device)] for row, seen, draw in rows]
@@ -271,12 +262,10 @@ WEIGHTS = {
 
 
 def sample_density(teacher, processor, sample):
-    """A sample through processor and vision tower -> Encoded, rho (n_visual,) on the CPU. Raises
-    ValueError."""
+    """A sample through processor and tower -> Encoded, rho (n_visual,) on the CPU."""
     encoded, weight = processor.encode(sample), next(teacher.visual.parameters())
     with torch.no_grad():
-        pixels, grids = encoded.pixels.to(weight), encoded.grids.to(weight.device)
-        seen = teacher.visual(pixels, grids)
+        seen = teacher.visual(encoded.pixels.to(weight), encoded.grids.to(weight.device))
     try:
         rho = image_densities(seen.patches, encoded.grids, teacher.config.vision.spatial_merge_size)
     except ValueError as error:
@@ -308,8 +297,7 @@ def draw_files(paths, teacher, processor, folder):
 
 
 def quantisation_error(rho, visual, mask, s=Weighting()):
-    """Largest |w4 / w - 1| over one sample's real positions, w4 from 4-bit rho; visual and mask are
-    (1, T).
+    """Largest |w4 / w - 1| at one sample's real positions, w4 from 4-bit rho; visual, mask (1, T).
 
     Half a step is 1/30 of rho~, so exp(rho~/tau) is off by at most exp(1/(30 tau)) - 1 (6.9 % at
     tau = 0.5), and w, whose sum may be off the other way, by at most exp(1/(15 tau)) - 1 (14.3 %).
@@ -347,13 +335,14 @@ def cache_density(path, samples, teacher, processor, skip=False):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw density maps, or cache the density of a corpus.")
+    parser = argparse.ArgumentParser(description="Draw density maps, or cache a corpus's density.")
     parser.add_argument("images", nargs="*", help="pictures to draw")
     parser.add_argument("--teacher", default=str(Path(__file__).parent / "tiny"), help="model folder")
     parser.add_argument("--out", default=".", help="folder for the drawings")
     parser.add_argument("--cache", help="write a cache to this file")
     parser.add_argument("--data", help="the JSONL corpus or recipe it is made from")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out unusable samples, up to 0.1 %% (or ten)")
+    parser.add_argument("--skip-bad", action="store_true",
+                        help="leave out unusable samples, up to 0.1 %% (or ten)")
     parser.add_argument("--dtype", default="", choices=["", "bfloat16", "float32", "float64"],
                         help="as distill.py's: a cache serves runs in the dtype it was made in")
     args = parser.parse_args()

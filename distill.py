@@ -53,7 +53,7 @@ class Cond:
     align: Optional[str]        # "output" of mixers, "residual" streams; None: Stages 1/2 are skipped
     weight: str = "uniform"     # a row of density.WEIGHTS
     mixer: str = "mamba2"
-    layers: str = "sum"         # gradient scores: "sum" over S* (Eq. 7), "each" its own, the "middle" one's
+    layers: str = "sum"         # of gradients: "sum" over S* (Eq. 7), "each" its own, or the "middle"
     note: str = ""
 
 
@@ -147,7 +147,8 @@ def lockstep(teacher, student, replaced, e, mask, align="residual", feed="teache
     e: the Embedded they share. align: "residual" compares the streams after each replaced layer
     (Eq. 4 before its sums over l and p), "output" what the mixers put out (C2). feed: a replaced
     layer reads the teacher's stream, so that each learns from clean input, or the student's own,
-    where errors add up as they do at inference. No stack of streams is kept. """
+    where errors add up as they do at inference. No stack of streams is kept.
+    """
     r = s = e.x                                                         # (B, T, D)
     for i, (teacher_layer, student_layer) in enumerate(zip(teacher.layers, student.layers)):
         with torch.no_grad():
@@ -171,7 +172,8 @@ def fisher_scores(teacher, replaced, e, mask, labels):
     """The empirical Fisher's diagonal, || d R_x / d r[l, p] ||^2 at S* (B.3) -> (S, B, T) fp32.
 
     R_x is the teacher's negative log-likelihood of x's supervised tokens. Rows do not mix, for the
-    loss is a sum over samples. Weights are frozen: one backward pass through activations alone. """
+    loss is a sum over samples. Weights are frozen: one backward pass through activations alone.
+    """
     with torch.enable_grad():
         r, streams = e.x.detach().requires_grad_(), []
         for i, layer in enumerate(teacher.layers):
@@ -233,8 +235,7 @@ def kd_sums(student_hidden, teacher_hidden, target, student_head, teacher_head, 
 
 
 # --------------------------------------------------------------------------------------------------
-# The objective: what trains when, and the loss of one micro-batch. sft_dpo.py has two more of its
-# form.
+# The objective: what trains when, and the loss of one micro-batch. sft_dpo.py has two more.
 
 
 def visual_positions(ids, config):
@@ -261,8 +262,7 @@ class Distillation:
         return {**self.mixers, **self.others}
 
     def is_new(self, name):
-        """Whether a mixer's parameter is new (W_G, W_gamma, A, conv, ...) or inherited from
-        attention."""
+        """Whether a mixer's parameter is new (W_G, W_gamma, A, conv, ...), not inherited."""
         layer, inner = name.split("layers.")[1].split(".self_attn.")
         inherited = self.student.layers[int(layer)].self_attn.INHERITED
         return not any(inner == name or inner.startswith(name + ".") for name in inherited)
@@ -285,8 +285,8 @@ class Distillation:
         """One micro-batch -> loss sum (to be divided by the count), count, other sums for the log.
 
         backward(part) differentiates a part of the loss and returns its value. It is called as soon
-        as a part is there, which frees its activations. By default the caller gets the parts'
-        graphs. """
+        as a part is there, which frees its activations. By default the caller gets the graphs.
+        """
         with torch.no_grad():                            # the tower is frozen: once for both models
             seen = batch.pixels is not None
             vision = self.teacher.visual(batch.pixels, batch.grids) if seen else None
@@ -300,13 +300,13 @@ class Distillation:
             rho = batch.rho if self.s.density_cache else self.scores(batch, vision, visual, e)
             w = WEIGHTS[self.cond.weight](rho, visual, batch.mask, batch.names, self.s)
             w = w.expand(len(self.replaced), *batch.ids.shape)      # (S, B, T), as +LD has one each
-        # Fed the teacher's stream, each layer's error is a graph of its own: differentiated before
-        # the walk goes on, it leaves memory that does not grow with depth. Fed its own, one graph
-        # has all.
-        one_by_one, loss, plain = self.s.feed == "teacher", 0.0, 0.0
         mask = causal_mask_needed(batch.mask)
         errors = lockstep(self.teacher, self.student, self.replaced, e, mask, self.cond.align,
                           self.s.feed)
+        # Fed the teacher's stream, each layer's error is a graph of its own: differentiated before
+        # the walk goes on, it leaves memory that does not grow with depth. Fed the student's, one
+        # graph passes all layers and is differentiated at the end.
+        one_by_one, loss, plain = self.s.feed == "teacher", 0.0, 0.0
         for w_l, error in zip(w, errors):                               # (B, T) each
             part = (w_l * error).sum() / len(self.replaced)           # all that C3 and C4 differ in
             loss = loss + (backward(part) if one_by_one else part)
@@ -393,8 +393,7 @@ def build(s, device):
 
 
 def cache_fingerprint(s, teacher, student, processor):
-    """What cached scores depend on besides the sample: of gradients, the whole teacher and layers
-    S."""
+    """What cached scores depend on besides the sample: for gradients, all of the teacher, and S."""
     tower, cond = tower_fingerprint(teacher, processor), CONDS[s.cond]
     if cond.weight == "density":
         return tower
@@ -403,9 +402,8 @@ def cache_fingerprint(s, teacher, student, processor):
 
 
 def write_scores(s, objective, processor, dataset, made_with):
-    """One teacher backward pass per sample (Eq. 7) -> a cache that --density-cache reads. Its
-    scores are even ratios apart: down to 1e-4 of a sample's largest, off by a factor of 1.36 at
-    most."""
+    """One teacher backward pass per sample (Eq. 7) -> a cache that --density-cache reads. Scores
+    are even ratios apart: down to 1e-4 of a sample's largest, off by a factor of 1.36 at most."""
     def make(sample):
         encoded = processor.encode(refuse_pair(sample))
         batch = collate([encoded], processor.pad_id).to(objective.teacher.lm_head.weight.device)
@@ -417,8 +415,7 @@ def write_scores(s, objective, processor, dataset, made_with):
 
 
 def cached_scores(cache, config, sample, encoded):
-    """Row of batch.rho, (T,): what `scores` would make of the sample, to 4 bits. Raises
-    BadSample."""
+    """A row of batch.rho (T,), in 4 bits what `scores` would make of it. Raises BadSample."""
     density = cache.kind == "density"
     if density and not sample.images:                     # not in the cache; as to_positions has it
         return torch.zeros(encoded.ids.shape)
@@ -433,8 +430,7 @@ def cached_scores(cache, config, sample, encoded):
 
 
 def finish(s, teacher, student, processor):
-    """Saves the merged student, judges it beside its teacher, and draws density maps of some
-    pages."""
+    """Saves the merged student, judges it beside its teacher, draws density maps of some pages."""
     from evaluate import evaluate_models, table           # judging is not needed to train
     out = Path(s.out)
     student.in_dtype(next(teacher.parameters()).dtype).save_pretrained(out)

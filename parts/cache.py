@@ -14,7 +14,8 @@ text, on tau and on beta as well, and those stay free. It is a safetensors file:
     packed  (bytes,) two scores a byte, the first in the lower half
 
 Reading maps the file: a run touches the table of samples when it opens it, and then one record at a
-time. """
+time.
+"""
 import hashlib
 import json
 import os
@@ -67,7 +68,8 @@ def fingerprint(weights, preprocessing):
     settings (dict).
 
     Names, dtypes and shapes count too: a tower in bf16 is not the tower in fp32, so write the cache
-    in the precision it is used with. """
+    in the precision it is used with.
+    """
     state = weights.state_dict() if isinstance(weights, torch.nn.Module) else weights
     total = hashlib.sha256(json.dumps(preprocessing, sort_keys=True).encode())
     for name, tensor in sorted(state.items()):
@@ -146,7 +148,8 @@ def write_cache(path, records, fingerprint, kind="density"):
 
     The file takes its name only when it is whole and on disk; if anything fails before, what stood
     there still stands. A sample without an image has no rho: leave it out. Raises CacheError for
-    two samples of one id, and for values that are missing, not finite or (fisher) negative. """
+    two samples of one id, and for values that are missing, not finite or (fisher) negative.
+    """
     columns, keys = {name: bytearray() for name in COLUMNS}, set()
     for sample_id, sha, grids, values in records:
         key, grids = sample_key(sample_id), grid_rows(grids)
@@ -186,7 +189,8 @@ class Cache:
     """A cache opened for reading; the file is mapped, so processes of one machine share its pages.
 
     Opening checks head, size and the table of samples; record checks the record it reads. Both
-    raise CacheError. """
+    raise CacheError.
+    """
 
     def __init__(self, path, fingerprint, kind="density"):
         self.path, self.fingerprint, self.kind = Path(path), fingerprint, kind

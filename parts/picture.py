@@ -19,7 +19,8 @@ def draw_map(image, rho, long_side=560):
 
     image: PIL image; rho (h, w): one value per visual token. Returns a PIL image in RGB. The map is
     min-max normalised for this picture and laid over a faint grey print of it, one square per
-    visual token. """
+    visual token.
+    """
     rho = torch.as_tensor(rho).float().cpu().numpy()
     low, high = float(rho.min()), float(rho.max())
     scale, gap, strip = long_side / max(image.size), 12, 40
