@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
 MAX_TEXT_TOKENS = 4096               # App. C.3: pure text is truncated here,
 MAX_TOKENS = 8192                    #           vision-text is capped here,
@@ -123,7 +124,7 @@ class Encoded:
     grids: torch.Tensor | None           # (images, 3) int64: 1, gh, gw
     source: str = ""
     cut: int = 0                         # text tokens that went to meet the caps
-    sha: str = ""                        # of the images, where Processor.sha was given (the density cache's key)
+    rho: torch.Tensor | None = None      # (T,) scores from a cache, where Processor.scores was given
 
 
 @dataclass
@@ -135,7 +136,7 @@ class Batch:
     grids: torch.Tensor | None           # (images of all rows, in row order, 3)
     names: list
     sources: list
-    keys: list = field(default_factory=list)                    # (id, sha, grids) of each row, for the density cache
+    rho: torch.Tensor | None = None      # (B, T) scores from a cache; 0 where there are none
     # The rest is set by loader().
     weight: float = 1.0                  # of its sums and counts: 0 for a stand-in that keeps ranks in step
     last: bool = True                    # ends a step
@@ -267,7 +268,7 @@ class Processor:
                 raise ValueError(f"{folder}: <|{name}|> is token {ours} in tokenizer.json, but "
                                  f"{config.get(key, 'needed')} in config.json.")
         self.pad_id = self.special["endoftext"]
-        self.sha = None                                                  # images -> hex, if someone wants Encoded.sha
+        self.scores = None                                               # (sample, Encoded) -> Encoded.rho, from a cache
         self.header, self.newline = self.tokenize("assistant\n"), self.tokenize("\n")
 
     def __setstate__(self, state):                           # a pickled Tokenizer forgets this switch
@@ -395,8 +396,9 @@ class Processor:
         learn = torch.tensor([learn for run, learn, _ in segments for _ in run])                # (T,)
         pixels = torch.from_numpy(np.concatenate([pixels for pixels, _ in images])) if images else None
         grids = torch.tensor([grid for _, grid in images]) if images else None
-        return Encoded(sample.id, ids, torch.where(learn, ids, IGNORED), pixels, grids, sample.source, cut,
-                       self.sha(sample.images) if self.sha and images else "")
+        encoded = Encoded(sample.id, ids, torch.where(learn, ids, IGNORED), pixels, grids, sample.source, cut)
+        encoded.rho = self.scores(sample, encoded) if self.scores else None
+        return encoded
 
 
 def encode_rows(processor, sample):
@@ -419,14 +421,15 @@ def collate(encoded, pad_id, side="right"):
     """list of Encoded -> Batch, padded on the right (training) or on the left (generation)."""
     B, T = len(encoded), max(len(e.ids) for e in encoded)
     ids, labels = torch.full((B, T), pad_id), torch.full((B, T), IGNORED)
-    mask = torch.zeros(B, T, dtype=torch.bool)
+    mask, rho = torch.zeros(B, T, dtype=torch.bool), torch.zeros(B, T)
     for b, e in enumerate(encoded):
         row = slice(0, len(e.ids)) if side == "right" else slice(T - len(e.ids), T)
         ids[b, row], labels[b, row], mask[b, row] = e.ids, e.labels, True
+        rho[b, row] = 0 if e.rho is None else e.rho
     seen = [e for e in encoded if e.pixels is not None]
     return Batch(ids, mask, labels, torch.cat([e.pixels for e in seen]) if seen else None,
                  torch.cat([e.grids for e in seen]) if seen else None,
-                 [e.id for e in encoded], [e.source for e in encoded], [(e.id, e.sha, e.grids) for e in encoded])
+                 [e.id for e in encoded], [e.source for e in encoded], rho)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -787,6 +790,25 @@ class BadSamples:
         if self.bad > self.limit * max(self.seen, self.grace):
             raise BadSample(f"{self.bad} of {self.seen} samples cannot be used, above the limit of "
                             f"{self.limit:.1%}; the first: {' '.join(self.first)}")
+
+
+def each(samples, make, skip=False):
+    """make(name, sample) of every sample of a corpus, once, under its name in a run (a mixture draws its sources in
+    rounds), unless it is None. What cannot be used is as `skip` says, and at the end it is counted."""
+    bad = BadSamples(skip)
+    sources = {f"{n}/": source for n, source in getattr(samples, "sources", {}).items()} or {"": samples}
+    for prefix, i in tqdm([(p, i) for p, source in sources.items() for i in range(len(source))], unit=" samples"):
+        made = None
+        try:
+            sample = sources[prefix][i]
+            made = make(prefix + sample.id, sample)
+            bad.saw(1)
+        except BadSample as error:
+            bad.saw(1, [str(error)])
+        if made is not None:
+            yield made
+    if bad.bad:
+        print(f"{bad.bad} of {bad.seen} samples were left out; the first: {' '.join(bad.first)}")
 
 
 class Micro(NamedTuple):
