@@ -31,15 +31,16 @@ from pathlib import Path
 from typing import Optional
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data import IGNORED, BadSample, collate, read_data
 from density import (WEIGHTS, CacheError, DensityCache, cache_key, draw_map, fingerprint, image_densities, image_sha,
                      records, write_cache)
-from loop import Ranks, Settings, load_model, needs, parse, run, setting, shard, start
+from loop import (Checked, Ranks, Settings, load_model, load_parameters, parse, print_needs, run, setting,
+                  start_processes)
 from model import Config, Qwen3VL, causal_mask_needed, device_of, dtype_of, to_hybrid
+from parts.sharding import shard
 from synthdoc import World
 
 # ---------------------------------------------------------------------------------------------------------
@@ -370,20 +371,10 @@ def write_scores(path, objective, processor, dataset):
 # The run: teacher in, student and its report out
 
 
-class Answered:
-    """A corpus whose preference pairs are refused: distillation would learn from the rejected answer too."""
-
-    def __init__(self, data):
-        self.data, self.endless = data, getattr(data, "endless", False)
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, index):
-        sample = self.data[index]
-        if sample.chosen is not None:
-            raise BadSample(f"{sample.where or sample.id} is a preference pair, which is for `sft_dpo.py dpo` alone.")
-        return sample
+def refuse_pair(sample):
+    """Distillation would learn from the rejected answer of a preference pair too."""
+    if sample.chosen is not None:
+        raise BadSample(f"{sample.where or sample.id} is a preference pair, which is for `sft_dpo.py dpo` alone.")
 
 
 def convert(s, teacher):
@@ -478,7 +469,7 @@ def dry_run(s):
     for stage, count in enumerate((new, mixers, trained) if objective.cond.align else (0, 0, trained), 1):
         print(f"Stage {stage} trains {count / 1e6:,.1f} M parameters" if count else f"Stage {stage} is skipped")
     joint = objective.cond.align is not None and s.feed == "own"
-    needs(s, s.teacher, dict(teacher.named_parameters()), objective.parameters(), drifts=int(joint))
+    print_needs(s, s.teacher, dict(teacher.named_parameters()), objective.parameters(), drifts=int(joint))
 
 
 def main(argv=None):
@@ -488,7 +479,7 @@ def main(argv=None):
         check(s)
         if s.dry_run:
             return dry_run(s)
-        ranks = start(s)
+        ranks = start_processes(s)
         dataset = read_data(s.data) if s.data else World("train", s.seed, s.suite or None, cells=(s.page, s.page))
         teacher, student, processor = build(s, torch.device("cpu") if s.shard else ranks.device)
         if s.write_cache or s.density_cache:
@@ -507,17 +498,15 @@ def main(argv=None):
     except (ValueError, OSError, BadSample) as error:
         sys.exit(str(error))
     try:
-        run(s, objective, processor, Answered(dataset) if s.data else dataset, ranks)
+        run(s, objective, processor, Checked(dataset, refuse_pair) if s.data else dataset, ranks)
     except (BadSample, CacheError) as error:
         sys.exit(str(error))
     if ranks.rank == 0:
         if s.shard:                                       # a checkpoint holds whole tensors: read the last one
             teacher, student, processor = build(s, torch.device("cpu"))
-            run(s, Distillation(s, teacher, student), processor, dataset, Ranks(0, 1, torch.device("cpu")))
+            load_parameters(s, Distillation(s, teacher, student).parameters())
         finish(s, teacher, student, processor)
-    ranks.wait()
-    if ranks.world > 1:
-        dist.destroy_process_group()
+    ranks.end()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import distill
 import sft_dpo
 from data import BadSample, Sample, collate, encode_rows
+from loop import Checked
 from model import Config, Qwen3VL, TextConfig, VisionConfig, to_hybrid
 from synthdoc import World
 
@@ -77,7 +78,7 @@ def argv(flags):
 def objective(phase, model, out="", **changes):
     """-> the objective, a batch of four rows of unlike lengths, the processor."""
     s = settings(phase, model, out, **changes)
-    made, processor = sft_dpo.prepared(s, sft_dpo.PHASES[phase], torch.device("cpu"))
+    made, processor = sft_dpo.build(s, sft_dpo.PHASES[phase], torch.device("cpu"))
     world = SMALL("train", 3, pairs=phase == "dpo")
     rows = []
     for i in range(20):
@@ -109,8 +110,9 @@ class Killed(Exception):
 
 def train(phase, s, ranks=distill.Ranks(0, 1, torch.device("cpu")), stop=math.inf):
     """A whole run on small pages, killed in its step number `stop`. -> the last checkpoint's parameters."""
-    made, processor = sft_dpo.prepared(s, sft_dpo.PHASES[phase], ranks.device)
-    data = sft_dpo.Suited(SMALL("train", 5, pairs=phase == "dpo"), phase == "dpo", embedded=True)
+    made, processor = sft_dpo.build(s, sft_dpo.PHASES[phase], ranks.device)
+    pairs = phase == "dpo"
+    data = Checked(SMALL("train", 5, pairs=pairs), partial(sft_dpo.check_kind, pairs=pairs, embedded=True))
     if s.shard:
         distill.shard(ranks, made.model)
     return run(s, made, processor, data, ranks, stop)
@@ -409,7 +411,7 @@ def jobs(folder, out):
 
 
 def worker():
-    ranks = distill.start(SimpleNamespace(device="cpu", threads=1, dtype=""))
+    ranks = distill.start_processes(SimpleNamespace(device="cpu", threads=1, dtype=""))
     for function, s, stop in jobs(*map(Path, sys.argv[1:])).values():
         function(s, ranks=ranks, stop=stop)
         ranks.wait()
@@ -456,7 +458,7 @@ def test_each_phase_refuses_what_is_meant_for_the_other(tmp_path):
     file.write_text(json.dumps(plain) + "\n" + json.dumps(pair()) + "\n")
     for phase, good, bad, why in (("sft", 0, 1, "mixed.jsonl line 2 is a preference pair"),
                                   ("dpo", 1, 0, "mixed.jsonl line 1 has no chosen and rejected answer")):
-        data = sft_dpo.dataset_of(SimpleNamespace(data=str(file), seed=0), sft_dpo.PHASES[phase])
+        data = sft_dpo.read_samples(SimpleNamespace(data=str(file), seed=0), sft_dpo.PHASES[phase])
         assert isinstance(data[good], Sample)
         with pytest.raises(BadSample, match=why):
             data[bad]
@@ -481,13 +483,13 @@ def test_one_epoch_is_the_number_of_tokens(folder, tmp_path):
     file.write_text("".join(json.dumps(pair("q" * (i % 7))) + "\n" for i in range(50)))
     phase = sft_dpo.PHASES["dpo"]
     s = settings("dpo", folder / "plain", tmp_path, data=file)
-    data, processor = sft_dpo.dataset_of(s, phase), sft_dpo.prepared(s, phase, torch.device("cpu"))[1]
+    data, processor = sft_dpo.read_samples(s, phase), sft_dpo.build(s, phase, torch.device("cpu"))[1]
     counted = sum(len(row.ids) for i in range(50) for row in encode_rows(processor, data[i]))
-    assert sft_dpo.one_epoch(data, processor) == counted
+    assert sft_dpo.epoch_tokens(data, processor) == counted
     tie = dict(prompt="Q", chosen=[dict(role="user", content="Q"), dict(role="assistant", content="A")])
     with open(file, "a") as more:                         # pairs that are none add rows, and no tokens
         more.writelines(json.dumps(dict(tie, rejected=tie["chosen"])) + "\n" for _ in range(50))
-    assert sft_dpo.one_epoch(sft_dpo.dataset_of(s, phase), processor) == counted
+    assert sft_dpo.epoch_tokens(sft_dpo.read_samples(s, phase), processor) == counted
     with pytest.raises(SystemExit, match="less than one step: give --batch-tokens"):
         sft_dpo.main(["dpo", "--model", str(folder / "plain"), "--data", str(file), "--out", str(tmp_path / "small")])
 
