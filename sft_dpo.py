@@ -47,7 +47,7 @@ from synthdoc import World
 @dataclass
 class SFTSettings(Settings):
     model: str = setting("out/c4", "folder to start from: a distilled student, or a plain Qwen3-VL")
-    out: str = setting("", "folder of the run; empty: out/<model>-sft")
+    out: str = setting("", "folder of the run; empty: out/<model>-sft", decides=False)
     tokens: Optional[int] = setting(None, "token budget; 0: one epoch, by the mean of 500 samples",
                                     low=0)
     warmup: float = setting(0.03, "share of the budget over which the learning rate rises",
@@ -59,13 +59,14 @@ class SFTSettings(Settings):
                                  low=1)
     projector: bool = setting(True, "the mergers train too; --no-projector freezes the whole tower")
     questions: int = setting(256, "evaluation questions a suite at the end, embedded world; 0: none",
-                             low=0)
+                             low=0, decides=False)
 
 
 @dataclass
 class DPOSettings(SFTSettings):
     model: str = setting("out/c4-sft", "folder of the SFT model: the start, and the reference")
-    out: str = setting("", "folder of the run; empty: out/<model, without -sft>-dpo")
+    out: str = setting("", "folder of the run; empty: out/<model, without -sft>-dpo",
+                       decides=False)
     weight_decay: float = setting(0.0, "C.5", low=0)
     cap: int = setting(4096, "tokens of chosen and rejected together, prompts included: half for "
                        "each", low=2)
