@@ -40,6 +40,7 @@ from density import (WEIGHTS, CacheError, DensityCache, cache_key, draw_map, fin
 from loop import (Checked, Ranks, Settings, load_model, load_parameters, parse, print_needs, run, setting,
                   start_processes)
 from model import Config, Qwen3VL, causal_mask_needed, device_of, dtype_of, to_hybrid
+from parts.runs import last_checkpoint
 from parts.sharding import shard
 from synthdoc import World
 
@@ -480,6 +481,8 @@ def main(argv=None):
         if s.dry_run:
             return dry_run(s)
         ranks = start_processes(s)
+        if not s.write_cache:                             # a second run into --out ends before it loads
+            ranks.claim(s.out)
         dataset = read_data(s.data) if s.data else World("train", s.seed, s.suite or None, cells=(s.page, s.page))
         teacher, student, processor = build(s, torch.device("cpu") if s.shard else ranks.device)
         if s.write_cache or s.density_cache:
@@ -495,6 +498,7 @@ def main(argv=None):
             shard(ranks, teacher, student)
         objective = Distillation(s, teacher, student)
         objective.cache = cache
+        ranks.claim(s.out, make=True)
     except (ValueError, OSError, BadSample) as error:
         sys.exit(str(error))
     try:
@@ -504,7 +508,7 @@ def main(argv=None):
     if ranks.rank == 0:
         if s.shard:                                       # a checkpoint holds whole tensors: read the last one
             teacher, student, processor = build(s, torch.device("cpu"))
-            load_parameters(s, Distillation(s, teacher, student).parameters())
+            load_parameters(last_checkpoint(Path(s.out)), Distillation(s, teacher, student).parameters())
         finish(s, teacher, student, processor)
     ranks.end()
 

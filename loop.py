@@ -17,8 +17,9 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -31,7 +32,8 @@ from tqdm import tqdm
 from data import BadSamples, Plan, Processor, fetch, loader, read_data
 from model import Config, Qwen3VL, device_of, dtype_of, find_tensors
 from parts.memory import estimate_memory
-from parts.runs import cut_log, load_checkpoint, save_checkpoint
+from parts.runs import (Interruptible, append_log, cut_log, find_checkpoint, fingerprints, lock, read_state,
+                        refuse_changes, save_checkpoint)
 from parts.sharding import (clip_gradients, gather_shard, load_like, reduce_gradients,
                             split_sharded)
 
@@ -115,11 +117,15 @@ def flag_of(name):
 
 @contextmanager
 def one_sentence(*errors):
-    """Errors of these kinds, which flags, files and samples cause, end the program in a sentence."""
+    """Errors of these kinds, which flags, files and samples cause, end the program in a sentence; so
+    does Ctrl-C."""
     try:
         yield
     except errors as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from what was saved", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -131,6 +137,7 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    lock: Optional[object] = None        # see claim
 
     def sum(self, t):
         if self.world > 1:
@@ -141,10 +148,34 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
+    def first(self, function, *args):
+        """function(*args) on rank 0 -> its value, on all ranks. If it raises ValueError or OSError
+        all ranks end, rank 0 with the sentence."""
+        result = [None, None]
+        if self.rank == 0:
+            try:
+                result[0] = function(*args)
+            except (ValueError, OSError) as error:
+                result[1] = str(error)
+        if self.world > 1:
+            dist.broadcast_object_list(result)
+        if result[1]:
+            sys.exit(result[1] if self.rank == 0 else 1)
+        return result[0]
+
+    def claim(self, out, make=False):
+        """Keeps a run's folder from other processes: a second run into it ends on all ranks. Without
+        `make` a folder that is not there is let be; so this may be asked before anything is loaded."""
+        def take():
+            self.lock = self.lock or lock(Path(out), make)
+        self.first(take)
+
     def end(self):
         self.wait()
         if self.world > 1:
             dist.destroy_process_group()
+        if self.lock:
+            self.lock.close()
 
 
 def start_processes(s):
@@ -270,33 +301,22 @@ class Progress:
     log_size: int = 0                    # bytes of log.jsonl up to here
 
 
-def refuse_changes(s, settings):
-    """Exits when the run in s.out was begun with other settings than s, of those that decide its end."""
-    began = {f.name: f.default for f in fields(s)} | settings                # new flags had defaults
-    changed = [f"{flag_of(f.name)} {began[f.name]} there, {getattr(s, f.name)} here"
-               for f in fields(s) if f.metadata["decides"] and began[f.name] != getattr(s, f.name)]
-    if changed:
-        sys.exit(f"{s.out} holds a run with other settings ({'; '.join(changed)}): go on with "
-                 "those, or choose another --out")
+def load_parameters(state, named):
+    """Copies a checkpoint's parameters (runs.last_checkpoint gives one) into {name: parameter}."""
+    with torch.no_grad():
+        for name, p in named.items():
+            p.copy_(load_like(state["parameters"][name], p))
 
 
-def load_parameters(s, named):
-    """Copies the last checkpoint's parameters into `named`. -> the whole checkpoint, or None."""
-    state = load_checkpoint(Path(s.out))
-    if state is not None:
-        refuse_changes(s, state["settings"])
-        with torch.no_grad():
-            for name, p in named.items():
-                p.copy_(load_like(state["parameters"][name], p))
-    return state
-
-
-def resume(s, named, optimiser, bad):
+def resume(s, ranks, inputs, named, optimiser, bad):
     """Sets parameters, optimiser and the counts of bad samples as the last checkpoint has them.
     -> Progress."""
-    state = load_parameters(s, named)
-    if state is None:
+    folder = ranks.first(find_checkpoint, Path(s.out))
+    if folder is None:
         return Progress()
+    state = read_state(folder)
+    ranks.first(refuse_changes, s, inputs, state)
+    load_parameters(state, named)
     if state["tokens"] < s.tokens:                        # else there are no more steps
         for name, moments in state["optimiser"].items():
             p = named[name]
@@ -305,36 +325,46 @@ def resume(s, named, optimiser, bad):
     return Progress(**{f.name: state[f.name] for f in fields(Progress)})
 
 
-def save(s, ranks, named, optimiser, bad, at):
+def save(s, ranks, inputs, named, optimiser, bad, at):
     """A checkpoint has whole tensors: any number of ranks may go on from it, sharded or not."""
     values = {n: gather_shard(p.detach(), ranks) for n, p in named.items()}
     moments = {n: {k: gather_shard(v, ranks) for k, v in optimiser.state[p].items()}
                for n, p in named.items() if p in optimiser.state}
-    if ranks.rank == 0:
+
+    def write():
         at.log_size = (Path(s.out) / "log.jsonl").stat().st_size
         counts = dict(seen=bad.seen, bad=bad.bad, first=bad.first)
         save_checkpoint(Path(s.out), at.step, dict(parameters=values, optimiser=moments, **vars(at),
-                                                   bad=counts, settings=asdict(s)))
-    ranks.wait()
+                                                   bad=counts, settings=asdict(s), inputs=inputs))
+    ranks.first(write)
 
 
 def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
     """Trains objective.parameters() over s.tokens tokens, resuming and saving in s.out."""
-    named = objective.parameters()
-    parameters = list(named.values())
-    for p in parameters:
+    named, inputs = objective.parameters(), ranks.first(fingerprints, s)
+    for p in named.values():
         p.requires_grad_(True)
-    optimiser = torch.optim.AdamW(groups(parameters, s.weight_decay), s.lr, betas, eps=1e-8)
+    optimiser = torch.optim.AdamW(groups(named.values(), s.weight_decay), s.lr, betas, eps=1e-8)
     bad = BadSamples(s.skip_bad)
-    at = resume(s, named, optimiser, bad)
-    if ranks.rank == 0:
-        cut_log(Path(s.out), at.log_size)                 # later lines are written again
+    at = resume(s, ranks, inputs, named, optimiser, bad)
+    ranks.first(cut_log, Path(s.out), at.log_size)        # later lines are written again
     if at.tokens >= s.tokens:
         return
     plan = Plan(dataset, processor, s.seed, s.batch_tokens, s.micro_tokens, ranks.rank, ranks.world,
                 at.cursor, bad)
     cuda = ranks.device.type == "cuda"
-    batches = iter(loader(dataset, processor, plan, s.workers, pin_memory=cuda))
+    batches = loader(dataset, processor, plan, s.workers, pin_memory=cuda)
+    with Interruptible(ranks.rank == 0) as interrupted, closing(batches):
+        train(s, objective, ranks, optimiser, batches, at, interrupted,
+              save=lambda: save(s, ranks, inputs, named, optimiser, bad, at))
+    if ranks.rank == 0 and bad.bad:
+        print(f"{bad.bad} of {bad.seen} samples could not be used and were left out; the first: "
+              f"{' '.join(bad.first)}")
+
+
+def train(s, objective, ranks, optimiser, batches, at, interrupted, save):
+    """Steps from `at` on, which it moves, until the budget is spent or the run interrupted."""
+    parameters = list(objective.parameters().values())
     bar = tqdm(total=s.tokens, initial=at.tokens, unit=" tokens", unit_scale=True,
                disable=ranks.rank > 0, smoothing=0.1, dynamic_ncols=True)
     # Without autocast's cache of cast weights, which would keep a whole copy of what is sharded.
@@ -345,14 +375,15 @@ def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
         before = at.label
         at.label, (begin, end) = objective.prepare(at.tokens / s.tokens)
         if before not in (None, at.label):                # a stage border
-            save(s, ranks, named, optimiser, bad, at)
+            save()
         # Dropout depends on (seed, step, rank) alone: a run that goes on draws the same.
         torch.manual_seed(((s.seed * 1_000_003 + at.step) * 1_000_003 + ranks.rank) % 2 ** 63)
         sums, names, suspects, at.cursor = accumulate(objective, batches, at.label, ranks.device,
                                                       autocast)
+        sums["signals"] = interrupted.signal              # all ranks must stop after the same step
         values = torch.tensor([float(v) for v in sums.values()], dtype=torch.float64)
         sums = dict(zip(sums, ranks.sum(values.to(ranks.device)).tolist()))
-        tokens, count = int(sums.pop("tokens")), sums.pop("count")
+        tokens, count, stop = int(sums.pop("tokens")), sums.pop("count"), sums.pop("signals")
 
         barren = 0 if count else barren + 1
         if barren == 20:                                  # one may be all broken samples, not so many
@@ -373,18 +404,20 @@ def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
         at.step, at.tokens = at.step + 1, at.tokens + tokens
         line = dict(step=at.step, tokens=at.tokens, stage=at.label, lr=rate, grad_norm=norm.item(),
                     **{name: total / max(count, 1) for name, total in sums.items()})
-        if ranks.rank == 0:                               # no times: gone on from, it is the same log
-            with open(Path(s.out) / "log.jsonl", "a") as f:
-                f.write(json.dumps(line) + "\n")
+        if ranks.rank == 0:
+            append_log(Path(s.out), line)                 # no times: gone on from, it is the same log
         bar.set_description(at.label)
         bar.set_postfix(loss=f"{line['loss']:.4g}", refresh=False)
         bar.update(tokens)
-        if at.step % s.save_every == 0 or at.tokens >= s.tokens:
-            save(s, ranks, named, optimiser, bad, at)
+        if stop or at.step % s.save_every == 0 or at.tokens >= s.tokens:
+            save()
+        if stop:
+            bar.close()
+            if ranks.rank == 0:
+                print(f"stopped after step {at.step}, which is saved in {s.out}: the same command goes on "
+                      "from there", file=sys.stderr)
+            sys.exit(128 + (interrupted.signal or signal.SIGTERM))
     bar.close()
-    if ranks.rank == 0 and bad.bad:
-        print(f"{bad.bad} of {bad.seen} samples could not be used and were left out; the first: "
-              f"{' '.join(bad.first)}")
 
 
 # --------------------------------------------------------------------------------------------------

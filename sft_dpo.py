@@ -37,6 +37,7 @@ from loop import (Checked, Settings, load_model, load_parameters, one_sentence, 
                   run, setting, start_processes)
 from model import Config, Qwen3VL, dtype_of
 from parts.lora import LoRA, adapters_off, exchange, merge_adapters
+from parts.runs import last_checkpoint
 from parts.sharding import shard
 from synthdoc import World
 
@@ -299,9 +300,11 @@ def dry_run(s, phase):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] in (["-h"], ["--help"]):
+        print(__doc__.strip())
+        return
     if not argv or argv[0] not in PHASES:
-        sys.exit(f"usage: sft_dpo.py {'|'.join(PHASES)} --model FOLDER (sft_dpo.py sft --help: all "
-                 "settings)")
+        sys.exit(f"usage: sft_dpo.py {'|'.join(PHASES)} --model FOLDER (sft_dpo.py --help: more)")
     phase = PHASES[argv[0]]
     s = parse(phase.settings, phase.defaults, argv[1:], __doc__.split("\n")[0])
     s.out = s.out or f"out/{Path(s.model).name.removesuffix('-sft')}-{argv[0]}"
@@ -311,6 +314,7 @@ def main(argv=None):
         if s.dry_run:
             return dry_run(s, phase)
         ranks = start_processes(s)
+        ranks.claim(s.out)                                # a second run ends before it loads
         objective, processor = build(s, phase, torch.device("cpu") if s.shard else ranks.device)
         data = read_samples(s, phase)
         s.tokens = s.tokens or epoch_tokens(data, processor)
@@ -319,14 +323,16 @@ def main(argv=None):
                      f"--batch-tokens {max(1, s.tokens // 20)} or so")
         if s.shard:
             shard(ranks, objective.model)
+        ranks.claim(s.out, make=True)
     with one_sentence(BadSample):
         run(s, objective, processor, data, ranks, betas=(0.9, 0.999))
-    if ranks.rank == 0:
-        if s.shard:                                       # whole tensors are in the last checkpoint
+    with one_sentence(OSError):
+        if ranks.rank == 0 and s.shard:                   # whole tensors are in the last checkpoint
             objective, _ = build(s, phase, torch.device("cpu"))
-            load_parameters(s, objective.parameters())
-        finish(s, objective.result())
-    ranks.end()
+            load_parameters(last_checkpoint(Path(s.out)), objective.parameters())
+        if ranks.rank == 0:
+            finish(s, objective.result())
+        ranks.end()
 
 
 if __name__ == "__main__":

@@ -1,56 +1,269 @@
-"""The folder of a run: its log, and checkpoints that survive a kill at any instant.
+"""The folder of a run: a lock, a log, and checkpoints that survive a kill at any instant.
 
+    lock                who works here; held by the kernel until that process ends
     log.jsonl           a line a step
-    step_N/state.pt     a checkpoint: the folder appears whole, then `latest` names it; the one before is kept
+    step_N/state.pt     a checkpoint: the folder appears whole, then `latest` names it; the one before
+                        is kept, for the day when the last one is damaged
+
+What is wrong raises ValueError, and what the disk refuses OSError, with one sentence each.
 """
+import errno
+import hashlib
+import json
 import os
 import shutil
-import sys
+import signal
+import socket
+import threading
+import time
+import zipfile
+from dataclasses import fields
+from pathlib import Path
 
 import torch
 
+# --------------------------------------------------------------------------------------------------
+# The lock
+
+
+def lock(out, make):
+    """Keeps a folder for this process until the file that is returned is closed, or the process is
+    dead, however it died. None where there is no such folder, unless it is to be made. Raises
+    ValueError where another process has it."""
+    if make:
+        out.mkdir(parents=True, exist_ok=True)
+    elif not out.is_dir():
+        return None
+    file = open(out / "lock", "a+")
+    try:
+        # Not flock: what belongs to the process alone does not live on in data workers it left behind.
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError) as error:
+        if getattr(error, "errno", None) not in (errno.EACCES, errno.EAGAIN):
+            print(f"{out} cannot be locked here ({error}): see to it that no second run writes into it")
+            return file
+        file.seek(0)
+        raise ValueError(f"{out} is in use by {file.read().strip() or 'another process'}: wait until "
+                         "it ends, or choose another --out") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run reads: has it changed?
+
+
+def fingerprint(path, blocks=256, block=4096, small=2 ** 24):
+    """sha256 (hex) of a file's length and content: all of it up to 16 MiB, beyond that 256 evenly
+    spaced blocks of 4 KiB, the first and the last bytes among them.
+
+    So it costs a MiB of reading at most, and in a file of terabytes it misses what changes no length
+    and lies between the blocks. Nor does it see what a file only names, such as a sample's images.
+    """
+    size = os.path.getsize(path)
+    found = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        if size <= small:
+            found.update(file.read())
+        else:
+            for k in range(blocks):
+                file.seek(k * (size - block) // (blocks - 1))
+                found.update(file.read(block))
+    return found.hexdigest()
+
+
+def files_of(path):
+    """The files that a run reads when it is given this path: a model's folder, a recipe and its
+    sources, or a file by itself."""
+    path = Path(path)
+    if path.is_dir():
+        names = ("config.json", "tokenizer.json", "preprocessor_config.json")
+        return [path / name for name in names if (path / name).is_file()] \
+            + sorted(path.glob("model*.safetensors"))
+    if not path.is_file():
+        return []
+    with open(path, "rb") as file:
+        recipe = path.suffix == ".json" and file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{"
+    sources = json.loads(path.read_bytes())["sources"] if recipe else []
+    return [path, *(path.parent / source["path"] for source in sources)]
+
+
+def fingerprints(s):
+    """{file: fingerprint} of what the settings `s` name and the run reads."""
+    named = [getattr(s, flag, "") for flag in ("data", "density_cache", "model", "teacher", "mixer")]
+    paths = [name.rpartition(":")[0] if ".py:" in name else name for name in named if name]
+    return {str(file): fingerprint(file) for path in paths for file in files_of(path)}
+
+
+def refuse_changes(s, inputs, state):
+    """Raises ValueError when the checkpoint `state` is of a run with other settings than `s`, of those
+    that decide its end, or with other files than those of `inputs`."""
+    began = {f.name: f.default for f in fields(s)} | state["settings"]       # new flags had defaults
+    flags = {f.name: "--" + f.name.replace("_", "-") for f in fields(s) if f.metadata["decides"]}
+    changed = [f"{flag} {began[name]} there, {getattr(s, name)} here" for name, flag in flags.items()
+               if began[name] != getattr(s, name)]
+    if changed:
+        raise ValueError(f"{s.out} holds a run with other settings ({'; '.join(changed)}): go on "
+                         "with those, or choose another --out")
+    theirs = state.get("inputs", inputs)                  # older checkpoints have none
+    if changed := [file for file in theirs | inputs if theirs.get(file) != inputs.get(file)]:
+        raise ValueError(f"{s.out} holds a run that began with another {' and another '.join(changed)}"
+                         ": go on with what was there, or choose another --out")
+
+
+# --------------------------------------------------------------------------------------------------
+# The log and the checkpoints
+
 
 def cut_log(out, size):
-    """Makes the run's folder, and leaves the first `size` bytes of its log, or as many as there are."""
+    """Makes the run's folder, and leaves the first `size` bytes of its log, or as many as it has."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "log.jsonl", "a") as f:
         f.truncate(min(size, f.tell()))
 
 
+def append_log(out, entry):
+    try:
+        with open(out / "log.jsonl", "a") as f:
+            f.write(json.dumps(entry) + "\n")
+    except OSError as error:
+        raise disk_error(error, out / "log.jsonl", 200) from error
+
+
+def disk_error(error, path, size):
+    """What to raise when writing `path`, of about `size` bytes, ended in `error`: a sentence for what
+    the disk refused, the error itself for anything else."""
+    # torch's writer hides the system's error behind one of its own.
+    cause = error if isinstance(error, OSError) else error.__context__
+    if not isinstance(cause, OSError):
+        return error
+    free = shutil.disk_usage(path.parent).free
+    return OSError(f"{path} cannot be written ({os.strerror(cause.errno) if cause.errno else cause}): it "
+                   f"needs about {size:,} bytes, and {free:,} are free. What was saved before stays, "
+                   "and the same command goes on from it")
+
+
+def write_text(path, text):
+    """The file has all of the text or, killed on the way, all of what it had before."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
 def save_checkpoint(out, step, state):
-    """Writes `state` as out/step_<step>; whatever dies on the way, `latest` names a whole checkpoint."""
+    """Writes `state` as out/step_<step>. Whatever dies on the way, `latest` names a whole checkpoint;
+    where the disk refuses, what was half written is removed."""
     folder, temporary, latest = out / f"step_{step}", out / f"step_{step}.tmp", out / "latest"
     before = latest.read_text() if latest.exists() else ""
-    if folder.name == before:                             # a stage border right after a save: nothing is new
+    if folder.name == before:                       # a stage border right after a save
         return
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    with open(temporary / "state.pt", "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    if folder.exists():                                   # left by a run that died before `latest` moved
-        shutil.rmtree(folder)
-    os.rename(temporary, folder)
-    with open(out / "latest.tmp", "w") as f:
-        f.write(folder.name)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(out / "latest.tmp", latest)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        with open(temporary / "state.pt", "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        if folder.exists():                         # left by a run that died before `latest` moved
+            shutil.rmtree(folder)
+        os.rename(temporary, folder)
+        write_text(latest, folder.name)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        (out / "latest.tmp").unlink(missing_ok=True)
+        raise disk_error(error, folder, tensor_bytes(state)) from error
     for old in out.glob("step_[0-9]*"):
         if old.name not in (folder.name, before):
             shutil.rmtree(old)
 
 
-def load_checkpoint(out):
-    """The state that `latest` names, mapped from its file rather than read; None where no run began.
-    Exits where the folder holds something else than a run that can be gone on from."""
-    if not (out / "latest").exists():
+def tensor_bytes(state):
+    """Of all tensors in nested dicts."""
+    if isinstance(state, dict):
+        return sum(map(tensor_bytes, state.values()))
+    return state.nbytes if isinstance(state, torch.Tensor) else 0
+
+
+def read_state(folder):
+    """The checkpoint in a step's folder, mapped from its file rather than read."""
+    return torch.load(folder / "state.pt", map_location="cpu", mmap=True, weights_only=True)
+
+
+def damage(folder):
+    """Why the checkpoint in this folder cannot be used, by reading all of it; "" if it can."""
+    try:
+        with zipfile.ZipFile(folder / "state.pt") as file:
+            if wrong := file.testzip():             # torch writes a checksum with every tensor
+                return f"the checksum of {wrong} is wrong"
+        return "" if "parameters" in read_state(folder) else "it has no parameters"
+    except FileNotFoundError:
+        return "there is no state.pt"
+    except Exception as error:                      # torn files let zipfile and torch raise anything
+        return f"state.pt cannot be read: {str(error).splitlines()[0] if str(error) else error!r}"
+
+
+def find_checkpoint(out):
+    """The folder of the last good checkpoint; None where no run began. Goes back to the one before
+    if the last is damaged, and says so. Raises ValueError where there is nothing to go on from."""
+    latest = out / "latest"
+    if not latest.exists():
         if (out / "config.json").exists():
-            sys.exit(f"{out} holds a model that no run of this script began: choose another --out")
+            raise ValueError(f"{out} holds a model that no run of this script began: choose another "
+                             "--out")
         return None
-    file = out / (out / "latest").read_text() / "state.pt"
-    if not file.is_file():
-        sys.exit(f"{out} has lost its last checkpoint: what is in it cannot be gone on from; choose "
-                 "another --out")
-    return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    last = out / (latest.read_text(errors="replace").strip("\0\n ") or "step_?")
+    others = [path for path in out.glob("step_[0-9]*") if path.name[5:].isdigit() and path != last]
+    faults = []
+    for folder in [last, *sorted(others, key=lambda path: -int(path.name[5:]))]:
+        why = damage(folder)
+        if not why:
+            if faults:
+                print(f"{out}: the checkpoint {'; '.join(faults)}; going back to {folder.name}")
+                write_text(latest, folder.name)
+            return folder
+        faults.append(f"{folder.name} is damaged ({why})")
+    raise ValueError(f"{out} has lost its last checkpoints: {'; '.join(faults)}; what is in it cannot be "
+                     "gone on from; choose another --out")
+
+
+def last_checkpoint(out):
+    return read_state(out / (out / "latest").read_text())
+
+
+# --------------------------------------------------------------------------------------------------
+# Ctrl-C and SIGTERM
+
+
+class Interruptible:
+    """Inside, Ctrl-C and SIGTERM, which schedulers send before a kill, set `signal` instead of ending
+    the process, so that a step can be finished and saved. A second one ends it at once."""
+
+    def __init__(self, says):
+        self.says, self.process, self.signal, self.since = says, os.getpid(), 0, 0.0
+
+    def __enter__(self):
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():            # only there are signals
+            self.before = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        if os.getpid() != self.process:                   # a data worker: the step needs its batches
+            return
+        # The same request may come twice, from the terminal or scheduler and again from torchrun.
+        if self.signal and time.monotonic() - self.since > 1:
+            os._exit(128 + number)
+        if not self.signal:
+            self.signal, self.since = number, time.monotonic()
+            if self.says:
+                os.write(2, b"\nstopping after this step; once more ends at once\n")
