@@ -24,7 +24,6 @@ How a run goes through its steps, on many devices and over interruptions, is loo
 import copy
 import hashlib
 import os
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,8 +36,8 @@ from torch.utils.checkpoint import checkpoint
 from data import IGNORED, BadSample, collate, read_data
 from density import (WEIGHTS, CacheError, DensityCache, cache_key, draw_map, fingerprint, image_densities, image_sha,
                      records, write_cache)
-from loop import (Checked, Ranks, Settings, load_model, load_parameters, parse, print_needs, run, setting,
-                  start_processes)
+from loop import (Checked, Ranks, Settings, load_model, load_parameters, one_sentence, parse, print_needs, run,
+                  setting, start_processes)
 from model import Config, Qwen3VL, causal_mask_needed, device_of, dtype_of, to_hybrid
 from parts.runs import last_checkpoint
 from parts.sharding import shard
@@ -476,7 +475,7 @@ def dry_run(s):
 def main(argv=None):
     s = parse(DistillSettings, DEFAULTS, argv, __doc__.split("\n")[0])
     s.out = s.out or f"out/{s.cond}"
-    try:                                                  # user errors end in a sentence, not a traceback
+    with one_sentence(ValueError, OSError, BadSample):
         check(s)
         if s.dry_run:
             return dry_run(s)
@@ -499,18 +498,15 @@ def main(argv=None):
         objective = Distillation(s, teacher, student)
         objective.cache = cache
         ranks.claim(s.out, make=True)
-    except (ValueError, OSError, BadSample) as error:
-        sys.exit(str(error))
-    try:
+    with one_sentence(BadSample, CacheError, OSError):
         run(s, objective, processor, Checked(dataset, refuse_pair) if s.data else dataset, ranks)
-    except (BadSample, CacheError) as error:
-        sys.exit(str(error))
-    if ranks.rank == 0:
-        if s.shard:                                       # a checkpoint holds whole tensors: read the last one
-            teacher, student, processor = build(s, torch.device("cpu"))
-            load_parameters(last_checkpoint(Path(s.out)), Distillation(s, teacher, student).parameters())
-        finish(s, teacher, student, processor)
-    ranks.end()
+    with one_sentence(OSError):
+        if ranks.rank == 0:
+            if s.shard:                                   # a checkpoint holds whole tensors: read the last one
+                teacher, student, processor = build(s, torch.device("cpu"))
+                load_parameters(last_checkpoint(Path(s.out)), Distillation(s, teacher, student).parameters())
+            finish(s, teacher, student, processor)
+        ranks.end()
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ from tqdm import tqdm
 from data import BadSamples, Plan, Processor, fetch, loader, read_data
 from model import Config, Qwen3VL, device_of, dtype_of, find_tensors
 from parts.memory import estimate_memory
-from parts.runs import (Interruptible, append_log, cut_log, find_checkpoint, fingerprints, lock, read_state,
-                        refuse_changes, save_checkpoint)
+from parts.runs import (Interruptible, append_log, cut_log, find_checkpoint, fingerprints, ignore_signals,
+                        lock, read_state, refuse_changes, save_checkpoint)
 from parts.sharding import (clip_gradients, gather_shard, load_like, reduce_gradients,
                             split_sharded)
 
@@ -353,7 +353,7 @@ def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
     plan = Plan(dataset, processor, s.seed, s.batch_tokens, s.micro_tokens, ranks.rank, ranks.world,
                 at.cursor, bad)
     cuda = ranks.device.type == "cuda"
-    batches = loader(dataset, processor, plan, s.workers, pin_memory=cuda)
+    batches = loader(dataset, processor, plan, s.workers, cuda, ignore_signals)
     with Interruptible(ranks.rank == 0) as interrupted, closing(batches):
         train(s, objective, ranks, optimiser, batches, at, interrupted,
               save=lambda: save(s, ranks, inputs, named, optimiser, bad, at))

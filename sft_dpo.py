@@ -324,7 +324,7 @@ def main(argv=None):
         if s.shard:
             shard(ranks, objective.model)
         ranks.claim(s.out, make=True)
-    with one_sentence(BadSample):
+    with one_sentence(BadSample, OSError):
         run(s, objective, processor, data, ranks, betas=(0.9, 0.999))
     with one_sentence(OSError):
         if ranks.rank == 0 and s.shard:                   # whole tensors are in the last checkpoint

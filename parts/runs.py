@@ -245,7 +245,7 @@ class Interruptible:
     the process, so that a step can be finished and saved. A second one ends it at once."""
 
     def __init__(self, says):
-        self.says, self.process, self.signal, self.since = says, os.getpid(), 0, 0.0
+        self.says, self.signal, self.since = says, 0, 0.0
 
     def __enter__(self):
         self.before = {}
@@ -258,8 +258,6 @@ class Interruptible:
             signal.signal(number, handler)
 
     def note(self, number, frame):
-        if os.getpid() != self.process:                   # a data worker: the step needs its batches
-            return
         # The same request may come twice, from the terminal or scheduler and again from torchrun.
         if self.signal and time.monotonic() - self.since > 1:
             os._exit(128 + number)
@@ -267,3 +265,10 @@ class Interruptible:
             self.signal, self.since = number, time.monotonic()
             if self.says:
                 os.write(2, b"\nstopping after this step; once more ends at once\n")
+
+
+def ignore_signals(worker):
+    """For data workers, which get what is sent to the whole process group: the step still needs their
+    batches. Their parent tells them when to end, and they end when it is dead."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
