@@ -39,7 +39,7 @@ from density import (WEIGHTS, CacheError, DensityCache, cache_key, draw_map, fin
 from loop import (Checked, Ranks, Settings, load_model, load_parameters, one_sentence, parse, print_needs, run,
                   setting, start_processes)
 from model import Config, Qwen3VL, causal_mask_needed, device_of, dtype_of, to_hybrid
-from parts.runs import last_checkpoint
+from parts.runs import last_checkpoint, tensor_bytes, writing
 from parts.sharding import shard
 from synthdoc import World
 
@@ -403,7 +403,9 @@ def finish(s, teacher, student, processor):
     """Saves the merged student, judges it beside its teacher, and draws density maps of some pages."""
     from evaluate import evaluate_models, table           # judging is not needed to train
     out, kind = Path(s.out), next(teacher.parameters()).dtype
-    student.in_dtype(kind).save_pretrained(out)
+    student = student.in_dtype(kind)
+    with writing(out, tensor_bytes(student.state_dict())):
+        student.save_pretrained(out)
     if s.data:
         print(f"The student is in {out}. python evaluate.py {s.teacher} {out} --bench NAME=FILE judges it.")
         return

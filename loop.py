@@ -287,6 +287,14 @@ def stop_if_broken(ranks, suspects, names, norm, step):
              f"{', '.join(n for part in concerned for n in part if n)}")
 
 
+def stop_if_barren(barren, names, step):
+    """One step may have broken samples alone; so many in a row, and the data teach nothing."""
+    if barren == 20:
+        sys.exit(f"step {step}: for {barren} steps no sample had anything to learn from (no supervised "
+                 "position, or pairs without room for their answers)"
+                 f"{': ' * bool(names)}{', '.join(names[:5])}")
+
+
 # --------------------------------------------------------------------------------------------------
 # The loop
 
@@ -354,19 +362,19 @@ def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
                 at.cursor, bad)
     cuda = ranks.device.type == "cuda"
     batches = loader(dataset, processor, plan, s.workers, cuda, ignore_signals)
-    with Interruptible(ranks.rank == 0) as interrupted, closing(batches):
-        train(s, objective, ranks, optimiser, batches, at, interrupted,
+    bar = tqdm(total=s.tokens, initial=at.tokens, unit=" tokens", unit_scale=True,
+               disable=ranks.rank > 0, smoothing=0.1, dynamic_ncols=True)
+    with Interruptible(ranks.rank == 0) as interrupted, closing(batches), bar:
+        train(s, objective, ranks, optimiser, batches, at, bar, interrupted,
               save=lambda: save(s, ranks, inputs, named, optimiser, bad, at))
     if ranks.rank == 0 and bad.bad:
         print(f"{bad.bad} of {bad.seen} samples could not be used and were left out; the first: "
               f"{' '.join(bad.first)}")
 
 
-def train(s, objective, ranks, optimiser, batches, at, interrupted, save):
+def train(s, objective, ranks, optimiser, batches, at, bar, interrupted, save):
     """Steps from `at` on, which it moves, until the budget is spent or the run interrupted."""
     parameters = list(objective.parameters().values())
-    bar = tqdm(total=s.tokens, initial=at.tokens, unit=" tokens", unit_scale=True,
-               disable=ranks.rank > 0, smoothing=0.1, dynamic_ncols=True)
     # Without autocast's cache of cast weights, which would keep a whole copy of what is sharded.
     half = dtype_of(s.dtype, ranks.device) == torch.bfloat16
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, half, cache_enabled=not s.shard)
@@ -386,10 +394,7 @@ def train(s, objective, ranks, optimiser, batches, at, interrupted, save):
         tokens, count, stop = int(sums.pop("tokens")), sums.pop("count"), sums.pop("signals")
 
         barren = 0 if count else barren + 1
-        if barren == 20:                                  # one may be all broken samples, not so many
-            sys.exit(f"step {at.step + 1}: for {barren} steps no sample had anything to learn from "
-                     "(no supervised position, or pairs without room for their answers)"
-                     f"{': ' * bool(names)}{', '.join(names[:5])}")
+        stop_if_barren(barren, names, at.step + 1)
         reduce_gradients(ranks, parameters, max(count, 1))
         norm = clip_gradients(ranks, parameters, s.clip)
         stop_if_broken(ranks, suspects, names, norm, at.step + 1)
@@ -413,11 +418,7 @@ def train(s, objective, ranks, optimiser, batches, at, interrupted, save):
             save()
         if stop:
             bar.close()
-            if ranks.rank == 0:
-                print(f"stopped after step {at.step}, which is saved in {s.out}: the same command goes on "
-                      "from there", file=sys.stderr)
-            sys.exit(128 + (interrupted.signal or signal.SIGTERM))
-    bar.close()
+            interrupted.end(at.step, s.out)
 
 
 # --------------------------------------------------------------------------------------------------

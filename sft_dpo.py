@@ -37,7 +37,7 @@ from loop import (Checked, Settings, load_model, load_parameters, one_sentence, 
                   run, setting, start_processes)
 from model import Config, Qwen3VL, dtype_of
 from parts.lora import LoRA, adapters_off, exchange, merge_adapters
-from parts.runs import last_checkpoint
+from parts.runs import last_checkpoint, tensor_bytes, writing
 from parts.sharding import shard
 from synthdoc import World
 
@@ -273,7 +273,8 @@ def finish(s, model):
     """Saves the model, and judges it beside the one it started from."""
     from evaluate import evaluate_models, full_processor, table     # judging is not needed to train
     out = Path(s.out)
-    model.save_pretrained(out)
+    with writing(out, tensor_bytes(model.state_dict())):
+        model.save_pretrained(out)
     print(f"{out} holds the model and log.jsonl. python evaluate.py {s.model} {out} judges it"
           + (" (--bench NAME=FILE)." if s.data else "."))
     if s.questions and not s.data:

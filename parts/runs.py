@@ -14,13 +14,16 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 import zipfile
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 # --------------------------------------------------------------------------------------------------
 # The lock
@@ -126,24 +129,28 @@ def cut_log(out, size):
 
 
 def append_log(out, entry):
+    with writing(out / "log.jsonl", 200), open(out / "log.jsonl", "a") as f:
+        f.write(json.dumps(entry) + "\n")
+
+
+@contextmanager
+def writing(path, size):
+    """What the disk refuses inside becomes an OSError of one sentence, with the path and about how many
+    bytes it needs."""
     try:
-        with open(out / "log.jsonl", "a") as f:
-            f.write(json.dumps(entry) + "\n")
-    except OSError as error:
-        raise disk_error(error, out / "log.jsonl", 200) from error
-
-
-def disk_error(error, path, size):
-    """What to raise when writing `path`, of about `size` bytes, ended in `error`: a sentence for what
-    the disk refused, the error itself for anything else."""
-    # torch's writer hides the system's error behind one of its own.
-    cause = error if isinstance(error, OSError) else error.__context__
-    if not isinstance(cause, OSError):
-        return error
-    free = shutil.disk_usage(path.parent).free
-    return OSError(f"{path} cannot be written ({os.strerror(cause.errno) if cause.errno else cause}): it "
-                   f"needs about {size:,} bytes, and {free:,} are free. What was saved before stays, "
-                   "and the same command goes on from it")
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch hides the system's error behind one of its own, safetensors has it in its text alone.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError):
+            why = cause.strerror or cause
+        elif "os error" in str(error):
+            why = error
+        else:
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(f"{path} cannot be written ({why}): it needs about {size:,} bytes, and {free:,} are "
+                      "free. What was saved before stays, and the same command goes on from it") from error
 
 
 def write_text(path, text):
@@ -164,20 +171,21 @@ def save_checkpoint(out, step, state):
     if folder.name == before:                       # a stage border right after a save
         return
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        with open(temporary / "state.pt", "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        if folder.exists():                         # left by a run that died before `latest` moved
-            shutil.rmtree(folder)
-        os.rename(temporary, folder)
-        write_text(latest, folder.name)
-    except (OSError, RuntimeError) as error:
+        with writing(folder, tensor_bytes(state)):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            with open(temporary / "state.pt", "wb") as f:
+                torch.save(state, f)
+                f.flush()
+                os.fsync(f.fileno())
+            if folder.exists():                     # left by a run that died before `latest` moved
+                shutil.rmtree(folder)
+            os.rename(temporary, folder)
+            write_text(latest, folder.name)
+    except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         (out / "latest.tmp").unlink(missing_ok=True)
-        raise disk_error(error, folder, tensor_bytes(state)) from error
+        raise
     for old in out.glob("step_[0-9]*"):
         if old.name not in (folder.name, before):
             shutil.rmtree(old)
@@ -265,6 +273,13 @@ class Interruptible:
             self.signal, self.since = number, time.monotonic()
             if self.says:
                 os.write(2, b"\nstopping after this step; once more ends at once\n")
+
+    def end(self, step, out):
+        """Ends the process, after this step was saved, with the code that is usual for its signal."""
+        if self.says:
+            print(f"stopped after step {step}, which is saved in {out}: the same command goes on from "
+                  "there", file=sys.stderr)
+        sys.exit(128 + (self.signal or signal.SIGTERM))              # another rank may have got it
 
 
 def ignore_signals(worker):
