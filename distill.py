@@ -36,11 +36,11 @@ from torch.utils.checkpoint import checkpoint
 from data import IGNORED, BadSample, collate, read_data
 from density import (WEIGHTS, CacheError, DensityCache, cache_key, draw_map, fingerprint, image_densities, image_sha,
                      records, write_cache)
-from loop import (Checked, Ranks, Settings, load_model, load_parameters, one_sentence, parse, print_needs, run,
-                  setting, start_processes)
+from loop import (Checked, Ranks, Settings, claim, load_model, load_parameters, one_sentence, parse,
+                  print_needs, run, setting, start_processes)
 from model import Config, Qwen3VL, causal_mask_needed, device_of, dtype_of, to_hybrid
+from parts.ranks import shard
 from parts.runs import last_checkpoint, tensor_bytes, writing
-from parts.sharding import shard
 from synthdoc import World
 
 # ---------------------------------------------------------------------------------------------------------
@@ -483,7 +483,7 @@ def main(argv=None):
             return dry_run(s)
         ranks = start_processes(s)
         if not s.write_cache:                             # a second run into --out ends before it loads
-            ranks.claim(s.out)
+            claim(s.out, ranks)
         dataset = read_data(s.data) if s.data else World("train", s.seed, s.suite or None, cells=(s.page, s.page))
         teacher, student, processor = build(s, torch.device("cpu") if s.shard else ranks.device)
         if s.write_cache or s.density_cache:
@@ -499,7 +499,7 @@ def main(argv=None):
             shard(ranks, teacher, student)
         objective = Distillation(s, teacher, student)
         objective.cache = cache
-        ranks.claim(s.out, make=True)
+        claim(s.out, ranks, make=True)
     with one_sentence(BadSample, CacheError, OSError):
         run(s, objective, processor, Checked(dataset, refuse_pair) if s.data else dataset, ranks)
     with one_sentence(OSError):

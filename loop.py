@@ -11,10 +11,10 @@ and `run` trains it over a token budget. Sums and counts are added over micro-ba
 before they are divided, so neither accumulation nor the number of processes changes a step. A run
 that was killed goes on from its last checkpoint with the same command, on CPUs to the same bits:
 the order of the data, dropout and the log depend on (seed, step) alone. Processes come from
-torchrun; one process needs none. parts/ has a run's folder, sharding, and the memory a run needs.
+torchrun; one process needs none. parts/ has what many processes share, a run's folder, and the
+memory that a run needs.
 """
 import argparse
-import json
 import math
 import os
 import signal
@@ -32,10 +32,10 @@ from tqdm import tqdm
 from data import BadSamples, Plan, Processor, fetch, loader, read_data
 from model import Config, Qwen3VL, device_of, dtype_of, find_tensors
 from parts.memory import estimate_memory
-from parts.runs import (Interruptible, append_log, cut_log, find_checkpoint, fingerprints, ignore_signals,
-                        lock, read_state, refuse_changes, save_checkpoint)
-from parts.sharding import (clip_gradients, gather_shard, load_like, reduce_gradients,
-                            split_sharded)
+from parts.ranks import (Ranks, clip_gradients, gather_shard, load_like, reduce_gradients,
+                         split_sharded)
+from parts.runs import (Interruptible, append_log, cut_log, find_checkpoint, fingerprints,
+                        ignore_signals, lock, read_state, refuse_changes, save_checkpoint)
 
 # --------------------------------------------------------------------------------------------------
 # Settings: every field is a flag
@@ -132,52 +132,6 @@ def one_sentence(*errors):
 # Processes, and what each loads
 
 
-@dataclass
-class Ranks:
-    rank: int
-    world: int
-    device: torch.device
-    lock: Optional[object] = None        # see claim
-
-    def sum(self, t):
-        if self.world > 1:
-            dist.all_reduce(t)
-        return t
-
-    def wait(self):
-        if self.world > 1:
-            dist.barrier()
-
-    def first(self, function, *args):
-        """function(*args) on rank 0 -> its value, on all ranks. If it raises ValueError or OSError
-        all ranks end, rank 0 with the sentence."""
-        result = [None, None]
-        if self.rank == 0:
-            try:
-                result[0] = function(*args)
-            except (ValueError, OSError) as error:
-                result[1] = str(error)
-        if self.world > 1:
-            dist.broadcast_object_list(result)
-        if result[1]:
-            sys.exit(result[1] if self.rank == 0 else 1)
-        return result[0]
-
-    def claim(self, out, make=False):
-        """Keeps a run's folder from other processes: a second run into it ends on all ranks. Without
-        `make` a folder that is not there is let be; so this may be asked before anything is loaded."""
-        def take():
-            self.lock = self.lock or lock(Path(out), make)
-        self.first(take)
-
-    def end(self):
-        self.wait()
-        if self.world > 1:
-            dist.destroy_process_group()
-        if self.lock:
-            self.lock.close()
-
-
 def start_processes(s):
     """Threads, device and process group from torchrun's environment; one process needs no group."""
     env = os.environ
@@ -196,6 +150,14 @@ def start_processes(s):
         # Hours, for the others wait while rank 0 writes 100 GB, or judges.
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=3))
     return ranks
+
+
+def claim(out, ranks, make=False):
+    """Keeps a run's folder from other processes: a second run into it ends, on all ranks. Without
+    `make` a folder that is not there is let be, so this may be asked before anything is loaded."""
+    def take():
+        ranks.lock = ranks.lock or lock(Path(out), make)
+    ranks.first(take)
 
 
 def load_model(s, flag, device, **caps):

@@ -33,12 +33,12 @@ import torch.nn.functional as F
 
 from data import IGNORED, BadSample, NoPreference, Processor, read_data
 from distill import following, token_logps
-from loop import (Checked, Settings, load_model, load_parameters, one_sentence, parse, print_needs,
-                  run, setting, start_processes)
+from loop import (Checked, Settings, claim, load_model, load_parameters, one_sentence, parse,
+                  print_needs, run, setting, start_processes)
 from model import Config, Qwen3VL, dtype_of
 from parts.lora import LoRA, adapters_off, exchange, merge_adapters
+from parts.ranks import shard
 from parts.runs import last_checkpoint, tensor_bytes, writing
-from parts.sharding import shard
 from synthdoc import World
 
 # --------------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def main(argv=None):
         if s.dry_run:
             return dry_run(s, phase)
         ranks = start_processes(s)
-        ranks.claim(s.out)                                # a second run ends before it loads
+        claim(s.out, ranks)                               # a second run ends before it loads
         objective, processor = build(s, phase, torch.device("cpu") if s.shard else ranks.device)
         data = read_samples(s, phase)
         s.tokens = s.tokens or epoch_tokens(data, processor)
@@ -324,7 +324,7 @@ def main(argv=None):
                      f"--batch-tokens {max(1, s.tokens // 20)} or so")
         if s.shard:
             shard(ranks, objective.model)
-        ranks.claim(s.out, make=True)
+        claim(s.out, ranks, make=True)
     with one_sentence(BadSample, OSError):
         run(s, objective, processor, data, ranks, betas=(0.9, 0.999))
     with one_sentence(OSError):

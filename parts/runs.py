@@ -1,6 +1,6 @@
 """The folder of a run: a lock, a log, and checkpoints that survive a kill at any instant.
 
-    lock                who works here; held by the kernel until that process ends
+    .lock               who works here; held by the kernel until that process ends
     log.jsonl           a line a step
     step_N/state.pt     a checkpoint: the folder appears whole, then `latest` names it; the one before
                         is kept, for the day when the last one is damaged
@@ -37,7 +37,7 @@ def lock(out, make):
         out.mkdir(parents=True, exist_ok=True)
     elif not out.is_dir():
         return None
-    file = open(out / "lock", "a+")
+    file = open(out / ".lock", "a+")
     try:
         # Not flock: what belongs to the process alone does not live on in data workers it left behind.
         import fcntl

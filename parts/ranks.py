@@ -1,11 +1,54 @@
-"""Tensors over many devices: sharding what trains (--shard, PyTorch's FSDP2), and gradients over ranks.
+"""Many processes at one model: what they share and split. One process is a special case throughout.
 
-ranks: loop.Ranks, of which rank, world, device and sum are used. A sharded tensor is PyTorch's DTensor.
+--shard is PyTorch's FSDP2, for where one device cannot hold what trains; a shard is a DTensor.
 """
+import sys
 import warnings
+from dataclasses import dataclass
+from typing import Optional
 
 import torch
 import torch.distributed as dist
+
+
+@dataclass
+class Ranks:
+    """This process's number, of how many, and its device; made by loop.start_processes."""
+    rank: int
+    world: int
+    device: torch.device
+    lock: Optional[object] = None        # see loop.claim
+
+    def sum(self, t):
+        if self.world > 1:
+            dist.all_reduce(t)
+        return t
+
+    def wait(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def first(self, function, *args):
+        """function(*args) on rank 0 -> its value, on all ranks. If it raises ValueError or OSError
+        all ranks end, rank 0 with the sentence."""
+        result = [None, None]
+        if self.rank == 0:
+            try:
+                result[0] = function(*args)
+            except (ValueError, OSError) as error:
+                result[1] = str(error)
+        if self.world > 1:
+            dist.broadcast_object_list(result)
+        if result[1]:
+            sys.exit(result[1] if self.rank == 0 else 1)
+        return result[0]
+
+    def end(self):
+        self.wait()
+        if self.world > 1:
+            dist.destroy_process_group()
+        if self.lock:
+            self.lock.close()
 
 
 def shard(ranks, *models):
