@@ -26,22 +26,23 @@ How a run goes through its steps, on many devices and over interruptions, is loo
 import copy
 import os
 import re
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Optional
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data import IGNORED, BadSample, collate, read_data
 from density import WEIGHTS, Weighting, cache_corpus, draw_sample, image_densities, to_positions
-from loop import Ranks, Settings, load_model, needs, parse, run, setting, shard, start
+from loop import (Checked, Settings, claim, load_model, load_parameters, one_sentence, parse, print_needs, run, setting,
+                  start_processes)
 from model import Config, Qwen3VL, causal_mask_needed, device_of, dtype_of, to_hybrid
 from parts.cache import Cache, CacheError, contents, fingerprint, tower_fingerprint
+from parts.ranks import shard
+from parts.runs import last_checkpoint, tensor_bytes, writing
 from synthdoc import World
 
 # --------------------------------------------------------------------------------------------------
@@ -350,24 +351,11 @@ class Distillation:
 
 
 def refuse_pair(sample):
-    """The sample, unless it is a preference pair, whose rejected answer would be learnt too."""
+    """Distillation would learn from the rejected answer of a preference pair too."""
     if sample.chosen is not None:
         raise BadSample(f"{sample.where or sample.id} is a preference pair, which is for "
                         "`sft_dpo.py dpo` alone.")
     return sample
-
-
-class Answered:
-    """A corpus whose preference pairs are refused."""
-
-    def __init__(self, data):
-        self.data, self.endless = data, getattr(data, "endless", False)
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, index):
-        return refuse_pair(self.data[index])
 
 
 def convert(s, teacher):
@@ -433,7 +421,9 @@ def finish(s, teacher, student, processor):
     """Saves the merged student, judges it beside its teacher, draws density maps of some pages."""
     from evaluate import evaluate_models, table           # judging is not needed to train
     out = Path(s.out)
-    student.in_dtype(next(teacher.parameters()).dtype).save_pretrained(out)
+    student = student.in_dtype(next(teacher.parameters()).dtype)
+    with writing(out, tensor_bytes(student.state_dict())):
+        student.save_pretrained(out)
     if s.data:
         print(f"The student is in {out}. python evaluate.py {s.teacher} {out} --bench NAME=FILE "
               "judges it.")
@@ -490,17 +480,19 @@ def dry_run(s):
           f"{len(teacher.layers)} attention layers replaced")
     for stage, count in enumerate(counts if aligns else (0, 0, counts[2]), 1):
         print(f"Stage {stage} " + (f"trains {count:,.1f} M parameters" if count else "is skipped"))
-    needs(s, s.teacher, frozen, trained, drifts=int(aligns and s.feed == "own"))
+    print_needs(s, s.teacher, frozen, trained, drifts=int(aligns and s.feed == "own"))
 
 
 def main(argv=None):
     s = parse(DistillSettings, DEFAULTS, argv, __doc__.split("\n")[0])
     s.out = s.out or f"out/{s.cond}"
-    try:                                            # user errors end in a sentence, not a traceback
+    with one_sentence(ValueError, OSError, BadSample):
         check(s)
         if s.dry_run:
             return dry_run(s)
-        ranks = start(s)
+        ranks = start_processes(s)
+        if not s.write_cache:                             # a second run into --out ends before it loads
+            claim(s.out, ranks)
         world = World("train", s.seed, s.suite or None, cells=(s.page, s.page))
         dataset = read_data(s.data) if s.data else world
         teacher, student, processor = build(s, torch.device("cpu") if s.shard else ranks.device)
@@ -514,21 +506,16 @@ def main(argv=None):
         if s.shard:
             shard(ranks, teacher, student)
         objective = Distillation(s, teacher, student)
-    except (ValueError, OSError, BadSample) as error:
-        sys.exit(str(error))
-    try:
-        run(s, objective, processor, Answered(dataset) if s.data else dataset, ranks)
-    except BadSample as error:
-        sys.exit(str(error))
-    if ranks.rank == 0:
-        if s.shard:                                # a checkpoint holds whole tensors: read the last
-            teacher, student, processor = build(s, torch.device("cpu"))
-            one = Ranks(0, 1, torch.device("cpu"))
-            run(s, Distillation(s, teacher, student), processor, dataset, one)
-        finish(s, teacher, student, processor)
-    ranks.wait()
-    if ranks.world > 1:
-        dist.destroy_process_group()
+        claim(s.out, ranks, make=True)
+    with one_sentence(BadSample, OSError):
+        run(s, objective, processor, Checked(dataset, refuse_pair) if s.data else dataset, ranks)
+    with one_sentence(OSError):
+        if ranks.rank == 0:
+            if s.shard:                                   # a checkpoint holds whole tensors: read the last one
+                teacher, student, processor = build(s, torch.device("cpu"))
+                load_parameters(last_checkpoint(Path(s.out)), Distillation(s, teacher, student).parameters())
+            finish(s, teacher, student, processor)
+        ranks.end()
 
 
 if __name__ == "__main__":

@@ -676,7 +676,7 @@ def rank(opt, number, world, port):
         os.environ.update({f"{scope}RANK": str(number), f"{scope}WORLD_SIZE": str(world)})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     s = replace(settings(opt, "c4"), threads=int(os.environ["OMP_NUM_THREADS"]))
-    step = stepper(opt, build(opt.folder, opt), ranks=distill.start(s))
+    step = stepper(opt, build(opt.folder, opt), ranks=distill.start_processes(s))
     batch = document(opt.folder, 8 // world, 128, 64).to(opt.device)
     return dict(step=lambda: step(batch, 2))
 
