@@ -1,20 +1,17 @@
-"""The way of a sample: files on disk become padded batches (App. C.2-C.5).
+"""The way of a sample: from files on disk to padded batches (App. C.2 to C.5).
 
     python data.py check TRAIN.jsonl MIX.json    read every line and image header, say what is wrong
     python data.py convert *.parquet FOLDER      parquet (needs pyarrow) to data.jsonl and images
 
-This file from top to bottom; formats.py reads the lines of published files into samples:
-
-    Sample --Processor.encode--> Encoded --collate--> Batch
-       |
-       +--Processor.length--> Plan: which samples make a step, and who takes them
+    line of a file --formats.py--> Sample --Processor.encode--> Encoded --collate--> Batch
+                                     +--Processor.length--> Plan: what makes a step, who takes it
 
 What decides the order is arithmetic on (seed, epoch, position): no generator's state, no clock, no
 worker. A sample that cannot be used raises BadSample, one sentence that names file and line.
 
 Letters: B batch rows, T positions, C channels (3), p patch_size, t temporal_patch_size, m
-spatial_merge_size, gh and gw an image's height and width in patches; of its n = gh·gw patches
-every m·m become a visual token.
+spatial_merge_size, gh and gw an image's height and width in patches; of its n = gh·gw patches every
+m·m become a visual token.
 """
 import argparse
 import bisect
@@ -32,11 +29,12 @@ import torch
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
-from formats import JSONL, BadSample, NoPreference, Sample, convert, read_recipe
+from formats import JSONL, BadSample, NoPreference, Sample, convert, read_recipe, texts  # noqa: F401
 
 MAX_TEXT_TOKENS = 4096               # App. C.3: pure text is truncated here,
 MAX_TOKENS = 8192                    #           vision-text is capped here,
 MAX_VISUAL_TOKENS = 2500             #           and one image has at most this many visual tokens
+TEXT_SHARE = 1 / 4                   # of MAX_TOKENS: what several large images leave to their text
 MAX_IMAGE_PIXELS = 80_000_000        # a file that claims more is refused unread
 MAX_ASPECT = 200                     # Qwen's own limit
 IGNORED = -100                       # the label of a position that is not supervised
@@ -46,7 +44,6 @@ RELEASED = {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "rescale
 
 @dataclass
 class Encoded:
-    """A sample as the model takes it."""
     id: str
     ids: torch.Tensor                    # (T,) int64
     labels: torch.Tensor                 # (T,) int64: the token AT a supervised position, else -100
@@ -84,17 +81,7 @@ class Batch:
         return self._tensors(torch.Tensor.pin_memory)
 
 
-# --------------------------------------------------------------------------------------------------
-# Images
-
-@contextmanager
-def located(where):
-    """Puts the sample's place before the sentence of a BadSample raised inside."""
-    try:
-        yield
-    except BadSample as error:
-        raise BadSample(f"{where}: {error}") from None
-
+# ---- Images --------------------------------------------------------------------------------------
 
 @contextmanager
 def reading(name):
@@ -104,7 +91,7 @@ def reading(name):
             warnings.simplefilter("ignore")      # of size (our limit is lower) and of odd metadata
             yield
     except FileNotFoundError:
-        raise BadSample(f"image file {name} is missing.") from None
+        raise BadSample(f"{name} is missing.") from None
     except (BadSample, MemoryError):
         raise
     except Exception as error:
@@ -112,26 +99,66 @@ def reading(name):
         raise BadSample(f"{name} cannot be read as an image ({reason}).") from None
 
 
-def open_image(path):
-    """A file with its header read and nothing decoded."""
-    with reading(path):
-        return Image.open(path)
+def check_size(width, height, name):
+    if width * height > MAX_IMAGE_PIXELS:
+        complaint = f"above the limit of {MAX_IMAGE_PIXELS:,}"
+    elif max(width, height) > MAX_ASPECT * min(width, height):
+        complaint = f"a ratio above {MAX_ASPECT}"
+    else:
+        return
+    raise BadSample(f"{name} has {width} x {height} pixels, {complaint}.")
 
 
-def flattened(image):
-    """Any mode -> RGB, transparency composited on white."""
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
+def tone_range(image, name):
+    """The values of black and white: 0 and 255, or of a 16-bit grey what its header says. Raises
+    BadSample for numbers whose range no header states (32 bits, signed, floats)."""
+    tags = getattr(image, "tag_v2", {})          # TIFF: 258 bits, 262 what 0 means, 339 number
+    unsigned = tags.get(339, (1,))[0] in (1, 4)
+    if unsigned and image.mode[0] not in "IF":
+        return 0, 255
+    grey16 = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
+    if not (unsigned and grey16 and image.format in (None, "PNG", "PPM", "JPEG2000", "TIFF")):
+        raise BadSample(f"{name} has tones of mode {image.mode} and does not say which is white; make "
+                        "it 8 or 16 bits.")
+    white = 2 ** tags.get(258, (16,))[0] - 1
+    return (white, 0) if tags.get(262) == 0 else (0, white)
+
+
+def open_image(source, name=None):
+    """A path or an open file, its header read and checked, nothing decoded."""
+    name = name or str(source)
+    with reading(name):
+        image = Image.open(source)
+        check_size(*image.size, name)
+        tone_range(image, name)
+        return image
+
+
+def flattened(image, tones=None, on_white=True):
+    """Any mode -> RGB; what is transparent is composited on white, or shows what lies under it.
+    tones: tone_range() of the file, if `image` is a copy that has forgotten it."""
+    black, white = tones or tone_range(image, "the image")
+    if (black, white) != (0, 255):
+        values, key = np.asarray(image).astype(np.int64), image.info.get("transparency")
+        image = Image.fromarray(np.rint((values - black) * 255 / (white - black)).astype(np.uint8))
+        if key is not None:                      # the one value that is transparent
+            image.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
+    if on_white and ("A" in image.getbands() or image.info.get("transparency") is not None):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255,) * 4), image)
     return image.convert("RGB")
 
 
-def check_size(width, height, name):
-    size = f"{name} has {width} x {height} pixels"
-    if width * height > MAX_IMAGE_PIXELS:
-        raise BadSample(f"{size}, above the limit of {MAX_IMAGE_PIXELS:,}.")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise BadSample(f"{size}, a ratio above {MAX_ASPECT}.")
+def read_image(source, name="an image", on_white=True):
+    """A path, an open file or a PIL image -> RGB: the one way in, for training and evaluation.
+
+    Like transformers, turns a file upright by its EXIF orientation and takes a PIL image as it is.
+    Of an animation the first frame counts. Raises BadSample."""
+    is_file = not isinstance(source, Image.Image)
+    image = open_image(source, name) if is_file else source
+    with reading(name):
+        tones = tone_range(image, name)
+        return flattened(ImageOps.exif_transpose(image) if is_file else image, tones, on_white)
 
 
 def smart_resize(height, width, factor, min_pixels, max_pixels):
@@ -148,20 +175,16 @@ def smart_resize(height, width, factor, min_pixels, max_pixels):
     return h, w
 
 
-# --------------------------------------------------------------------------------------------------
-# Processor: Qwen3-VL's image processing, chat template and tokenisation
+# ---- Processor: Qwen3-VL's image processing, chat template and tokenisation ----------------------
 
 class Processor:
-    """Reads tokenizer.json, config.json and, if it is there, preprocessor_config.json of a
-    model's folder.
+    """Reads tokenizer.json, config.json and, if there, preprocessor_config.json of a model's folder.
 
     Pixels are bit-identical to transformers' Qwen2VLImageProcessorPil and ids equal
-    Qwen3VLProcessor's, with three exceptions made on purpose. What is transparent shows white,
-    not what lies under it. Text is text: a literal "<|im_end|>" in a message is spelled out and
-    never becomes the special token. And an answer is tokenised on its own, so that the tokens of
-    the prompt (which ends in "<|im_start|>assistant\\n") are a prefix of those of prompt and
-    answer; this differs only if the answer begins with white space that has a line break in
-    it."""
+    Qwen3VLProcessor's, but for three exceptions made on purpose. What is transparent shows white.
+    Text is text: a literal "<|im_end|>" in a message never becomes the special token. And an answer
+    is tokenised on its own, so that the tokens of a prompt are a prefix of those of prompt and
+    answer; this differs only where an answer begins with white space that has a line break in it."""
 
     def __init__(self, folder, max_visual_tokens=MAX_VISUAL_TOKENS, max_tokens=MAX_TOKENS,
                  max_text_tokens=MAX_TEXT_TOKENS):
@@ -190,24 +213,21 @@ class Processor:
         # A byte has 256 values, so rescaling and normalising are one table, rounded as transformers
         # rounds (the product in float64, the rest in float32).
         scaled = (np.arange(256) * settings["rescale_factor"]).astype(np.float32)
-        mean = np.array(settings["image_mean"], np.float32)[:, None]
-        std = np.array(settings["image_std"], np.float32)[:, None]
+        mean, std = (np.array(settings[x], np.float32)[:, None] for x in ("image_mean", "image_std"))
         self.table = (scaled - mean) / std                                                # (C, 256)
 
         try:
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:                       # the package raises nothing more special
             raise ValueError(f"{folder}/tokenizer.json cannot be read: {error}") from None
-        self.tokenizer.encode_special_tokens = True          # "text is text", see above
-        self.special = {}
-        in_config = {"image_pad": "image_token_id", "vision_start": "vision_start_token_id",
-                     "vision_end": "vision_end_token_id"}
-        for name in ("im_start", "im_end", "endoftext", *in_config):
-            key = in_config.get(name)
-            self.special[name] = ours = self.tokenizer.token_to_id(f"<|{name}|>")
-            if ours is None or key and config[key] != ours:
-                raise ValueError(f"{folder}: <|{name}|> is token {ours} in tokenizer.json, but "
-                                 f"{config.get(key, 'needed')} in config.json.")
+        self.tokenizer.encode_special_tokens = True      # "text is text", see above
+        named = dict(image_pad="image_token_id", vision_start="vision_start_token_id",
+                     vision_end="vision_end_token_id", im_start="", im_end="", endoftext="")
+        self.special = {name: self.tokenizer.token_to_id(f"<|{name}|>") for name in named}
+        for name, key in named.items():
+            if self.special[name] is None or key and config[key] != self.special[name]:
+                raise ValueError(f"{folder}: <|{name}|> is token {self.special[name]} in "
+                                 f"tokenizer.json, but {config.get(key, 'needed')} in config.json.")
         self.pad_id = self.special["endoftext"]
         self.sha = None                                  # images -> hex, if Encoded.sha is wanted
         self.header, self.newline = self.tokenize("assistant\n"), self.tokenize("\n")
@@ -222,44 +242,25 @@ class Processor:
     def decode(self, ids, skip_special_tokens=True):
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
-    # -- images
-
-    def target(self, size, name):
-        """(width, height) -> (height, width) after resizing. Refuses by the header, before any
-        decoding."""
+    def target(self, size, name, max_pixels):
+        """(width, height) -> (height, width) after resizing to at most `max_pixels`."""
         width, height = size
-        check_size(width, height, name)
-        h, w = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
-        if h * w > self.max_visual_tokens * self.factor ** 2:        # a long strip under a low limit
-            tokens = h * w // self.factor ** 2
-            raise BadSample(f"{name} with {width} x {height} pixels needs {tokens} visual tokens, above "
-                            f"the limit of {self.max_visual_tokens}.")
+        h, w = smart_resize(height, width, self.factor, self.min_pixels, max_pixels)
+        if (tokens := h * w // self.factor ** 2) > self.max_visual_tokens:
+            # A strip, whose short side has one visual token at least.
+            raise BadSample(f"{name} with {width} x {height} pixels needs {tokens} visual tokens, "
+                            f"above the limit of {self.max_visual_tokens}.")
         return h, w
 
-    def visual_tokens(self, source, name="an image"):
-        """Visual tokens of a path, PIL image or (width, height), from the header alone. (The
-        orientation that cameras note in EXIF may exchange the sides; the count stays.)"""
-        if isinstance(source, (str, Path)):
-            with open_image(source) as image:
-                return self.visual_tokens(image.size, str(source))
-        h, w = self.target(source if isinstance(source, tuple) else source.size, name)
+    def visual_tokens(self, size, name, max_pixels):
+        h, w = self.target(size, name, max_pixels)
         return h * w // self.factor ** 2
 
-    def patches(self, source, name="an image"):
-        """Path or PIL image -> pixels (n, C·t·p·p) float32 in merge-block order, and the grid [1,
-        gh, gw].
-
-        Like transformers, turns a file upright by its EXIF orientation and takes a PIL image as
-        it is. Of an animation the first frame counts."""
-        if isinstance(source, (str, Path)):
-            with open_image(source) as image:
-                self.target(image.size, str(source))
-                with reading(source):
-                    image = ImageOps.exif_transpose(image)
-                return self.patches(image, str(source))
-        h, w = self.target(source.size, name)
-        with reading(name):
-            image = flattened(source).resize((w, h), Image.Resampling.BICUBIC)
+    def patches(self, source, name="an image", max_pixels=None):
+        """Path or PIL image -> pixels (n, C·t·p·p) float32 in merge-block order; grid [1, gh, gw]."""
+        image = read_image(source, name)
+        h, w = self.target(image.size, name, max_pixels or self.max_pixels)
+        image = image.resize((w, h), Image.Resampling.BICUBIC)
         p, m, gh, gw = self.patch, self.merge, h // self.patch, w // self.patch
         x = np.asarray(image).reshape(gh // m, m, p, gw // m, m, p, 3)        # rows, columns, C
         x = x.transpose(0, 3, 1, 4, 6, 2, 5).reshape(gh * gw, 3, 1, p * p)    # (n, C, 1, p·p)
@@ -268,18 +269,15 @@ class Processor:
             pixels[:, c] = self.table[c][x[:, c]]            # a still picture fills all t frames
         return pixels.reshape(gh * gw, -1), [1, gh, gw]
 
-    # -- text
-
-    def segments(self, sample, visual, add_generation_prompt=False):
-        """The sample as runs [ids, supervised, is_text]; `visual` has the number of tokens of
-        each image.
+    def runs(self, sample, visual, add_generation_prompt=False):
+        """The sample as runs [ids, supervised, is_text]; `visual` has the tokens of each image.
 
         The released template, which has no default system prompt:
             <|im_start|>user\\n<|vision_start|><|image_pad|>...<|vision_end|>Question<|im_end|>\\n
             <|im_start|>assistant\\nAnswer<|im_end|>\\n
-        Special tokens split the text before BPE sees it, so a run between two of them is tokenised by
-        itself, and neighbouring texts are joined first: "user\\n" and a question are one run. A document
-        is its runs and <|endoftext|>."""
+        Special tokens split the text before BPE sees it, so what stands between two of them is
+        tokenised by itself: "user\\n" and a question are one run. A document is its runs and
+        <|endoftext|>."""
         s, runs, text, visual = self.special, [], "", iter(visual)
 
         def put(ids, supervised=False, is_text=False):
@@ -298,7 +296,7 @@ class Processor:
                 if part and part["type"] == "text":
                     text += part["text"]
                     continue
-                put(self.tokenize(text), learn, True)   # a run ends at an image or with the message
+                put(self.tokenize(text), learn, True)        # a run ends at an image or a message
                 text = ""
                 if part:
                     put([s["vision_start"]] + [s["image_pad"]] * next(visual) + [s["vision_end"]])
@@ -307,42 +305,69 @@ class Processor:
         put([s["im_start"]] + self.header if add_generation_prompt else [])
         return runs
 
-    def shorten(self, segments, limit, where):
-        """Cuts the tail of the longest text, again and again, until `limit` holds; -> number of
-        tokens that went. Image tokens are never touched."""
-        excess = cut = max(0, sum(len(ids) for ids, *_ in segments) - limit)
+    def shorten(self, runs, cap, where):
+        """Cuts the tail of the longest text, again and again, until `cap` holds; -> how many tokens
+        went. Image tokens are never touched."""
+        excess = cut = max(0, sum(len(ids) for ids, *_ in runs) - cap)
         while excess:
-            texts = [i for i, (_, _, is_text) in enumerate(segments) if is_text]
-            longest = max(texts, key=lambda i: len(segments[i][0]), default=None)
-            ids = [] if longest is None else segments[longest][0]
-            room = min(excess, len(ids) - len(self.header) - 1)                  # "user\n" stays
+            texts = [i for i, (_, _, is_text) in enumerate(runs) if is_text]
+            longest = max(texts, key=lambda i: len(runs[i][0]), default=None)
+            ids = [] if longest is None else runs[longest][0]
+            room = min(excess, len(ids) - len(self.header) - 1)      # "user\n" stays
             if room <= 0:
-                raise BadSample(f"{where} is {excess} tokens above the cap of {limit} even without "
-                                "its text.")
-            segments[longest][0] = ids[:len(ids) - room]
-            segments[longest + 1][1] = False    # without its tail an answer must not teach to stop
+                raise BadSample(f"{where} is {excess} tokens above the cap of {cap} even without its "
+                                "text.")
+            runs[longest][0] = ids[:len(ids) - room]
+            runs[longest + 1][1] = False         # a cut answer must not teach to stop there
             excess -= room
         return cut
 
+    def sizes(self, sample):
+        """-> the images' names for complaints, their (width, height), and the pixels each may have.
+
+        The caps are on the whole sample (App. C.3). Several images that together would take more than
+        1 - TEXT_SHARE of MAX_TOKENS get one lower limit of size, the largest at which they do not.
+        It does not depend on the text: a prompt shows the same image whatever its answer."""
+        names, sizes, where = [], [], sample.where or sample.id
+        for k, image in enumerate(sample.images):
+            is_file = isinstance(image, (str, Path))
+            names.append(f"{where}: " + (str(image) if is_file else f"image {k + 1}"))
+            if is_file:
+                with open_image(image, names[-1]) as image:
+                    sizes.append(image.size)
+            else:
+                sizes.append(image if isinstance(image, tuple) else image.size)
+                check_size(*sizes[-1], names[-1])
+
+        def tokens(limit):                       # and two more that stand around each image
+            return sum(self.visual_tokens(*x, limit) + 2 for x in zip(sizes, names))
+
+        room, limit, token = int((1 - TEXT_SHARE) * self.max_tokens), self.max_pixels, self.factor ** 2
+        if len(sizes) > 1 and tokens(limit) > room:
+            limits = range(self.max_pixels // token * token, self.min_pixels - 1, -token)
+            at = bisect.bisect_left(limits, -room, key=lambda limit: -tokens(limit))
+            limit = limits[min(at, len(limits) - 1)]
+        return names, sizes, limit
+
+    def layout(self, sample, add_generation_prompt):
+        """-> names and limit as above, the runs within the caps, and the tokens that went for it."""
+        names, sizes, limit = self.sizes(sample)
+        visual = [self.visual_tokens(*x, limit) for x in zip(sizes, names)]
+        runs = self.runs(sample, visual, add_generation_prompt)
+        cap = self.max_tokens if visual else self.max_text_tokens
+        return names, limit, runs, self.shorten(runs, cap, sample.where or sample.id)
+
     def length(self, sample, add_generation_prompt=False):
         """The number of tokens encode() will make, without decoding a pixel. Raises BadSample."""
-        where = sample.where or sample.id
-        with located(where):
-            visual = [self.visual_tokens(x, f"image {k + 1}") for k, x in enumerate(sample.images)]
-        segments = self.segments(sample, visual, add_generation_prompt)
-        self.shorten(segments, self.max_tokens if visual else self.max_text_tokens, where)
-        return sum(len(ids) for ids, *_ in segments)
+        _, _, runs, _ = self.layout(sample, add_generation_prompt)
+        return sum(len(ids) for ids, *_ in runs)
 
     def encode(self, sample, add_generation_prompt=False):
         """Sample -> Encoded, within the caps. Raises BadSample."""
-        where = sample.where or sample.id
-        with located(where):
-            images = [self.patches(x, f"image {k + 1}") for k, x in enumerate(sample.images)]
-        visual = [len(pixels) // self.merge ** 2 for pixels, _ in images]
-        segments = self.segments(sample, visual, add_generation_prompt)
-        cut = self.shorten(segments, self.max_tokens if visual else self.max_text_tokens, where)
-        ids = torch.tensor([i for run, *_ in segments for i in run])                          # (T,)
-        learn = torch.tensor([learn for run, learn, _ in segments for _ in run])              # (T,)
+        names, limit, runs, cut = self.layout(sample, add_generation_prompt)
+        images = [self.patches(image, name, limit) for image, name in zip(sample.images, names)]
+        ids = torch.tensor([i for ids, *_ in runs for i in ids])                          # (T,)
+        learn = torch.tensor([learn for ids, learn, _ in runs for _ in ids])              # (T,)
         pixels = torch.from_numpy(np.concatenate([x for x, _ in images])) if images else None
         grids = torch.tensor([grid for _, grid in images]) if images else None
         sha = self.sha(sample.images) if self.sha and images else ""
@@ -351,9 +376,8 @@ class Processor:
 
 
 def encode_rows(processor, sample):
-    """Sample -> list of Encoded: one, or a pair's two, which supervise only the answer that
-    differs. Raises BadSample; NoPreference if the caps cut the prompts of a pair to different
-    lengths."""
+    """Sample -> list of Encoded: one, or a pair's two, which supervise only the answer that differs.
+    Raises BadSample; NoPreference if the caps cut the prompts of a pair to different lengths."""
     rows = [processor.encode(row) for row in sample.rows()]
     if len(rows) == 2:
         prompts = []
@@ -363,8 +387,8 @@ def encode_rows(processor, sample):
             row.labels[:start] = IGNORED
             prompts.append(row.ids[:start])
         if not torch.equal(*prompts):
-            where = sample.where or sample.id
-            raise NoPreference(f"{where} has a prompt that leaves no room for its answers.")
+            raise NoPreference(f"{sample.where or sample.id} has a prompt that leaves no room for "
+                               "its answers.")
     return rows
 
 
@@ -383,10 +407,9 @@ def collate(encoded, pad_id, side="right"):
                  [e.source for e in encoded], [(e.id, e.sha, e.grids) for e in encoded])
 
 
-# --------------------------------------------------------------------------------------------------
-# The order: arithmetic on (seed, epoch, position), the same for any number of workers and ranks
+# ---- The order: the same for any number of workers and ranks -------------------------------------
 
-def splitmix64(x):
+def scramble(x):
     """A fixed bijection on 64-bit integers that leaves no pattern (SplitMix64's finaliser)."""
     x = np.atleast_1d(np.asarray(x, np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -397,16 +420,15 @@ def splitmix64(x):
 @lru_cache(maxsize=32)
 def order(n, seed, epoch):
     """(n,) a permutation of 0..n-1: a pure function of its arguments, on every machine."""
-    key = splitmix64(splitmix64(seed % 2 ** 64) ^ np.uint64(epoch))
-    return np.argsort(splitmix64(np.arange(n, dtype=np.uint64) ^ key), kind="stable")
+    key = scramble(scramble(seed % 2 ** 64) ^ np.uint64(epoch))
+    return np.argsort(scramble(np.arange(n, dtype=np.uint64) ^ key), kind="stable")
 
 
 class Mixture:
-    """Several sequences of samples as one, in exact proportions (to rounding). An epoch has
-    `samples` slots, by default as many as all sources hold; a source that is too small comes
-    round again in a new order, and of one that is too large the next epoch takes the next part.
-    Index epoch * len + slot is that epoch's sample in the slot. The slots of a source are
-    neighbours; Plan permutes them."""
+    """Several sequences of samples as one, in exact proportions (to rounding). An epoch has `samples`
+    slots, by default as many as all sources hold; a source that is too small comes round again in a
+    new order, and of one that is too large the next epoch takes the next part. Index epoch * len +
+    slot is that epoch's sample in the slot. The slots of a source are neighbours; Plan permutes."""
     endless = True
 
     def __init__(self, sources, weights, samples=None, seed=0):
@@ -432,7 +454,7 @@ class Mixture:
         which = bisect.bisect_right(self.ends, slot)
         name, n = self.names[which], len(self.sources[self.names[which]])
         drawn = epoch * self.quota[which] + slot - (self.ends[which] - self.quota[which])
-        turn, position = divmod(drawn, n)                         # the source's round, from 0
+        turn, position = divmod(drawn, n)                    # how often the source came round
         return name, int(order(n, self.seed + 1000 * (which + 1), turn)[position])
 
     def __getitem__(self, index):
@@ -444,7 +466,7 @@ class Mixture:
 def read_data(path):
     """A recipe, or a file of samples: whichever it is."""
     if Path(path).suffix == ".json":
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
             if file.read(64).lstrip().startswith("{"):
                 return Mixture(*read_recipe(path))
     data = JSONL(path)
@@ -453,13 +475,11 @@ def read_data(path):
     return data
 
 
-# --------------------------------------------------------------------------------------------------
-# Batches: which samples make a step, cut into micro-batches, and loaded
+# ---- Batches: which samples make a step, cut into micro-batches, and loaded ----------------------
 
 class BadSamples:
-    """What becomes of samples that cannot be used. Without `skip` the first one ends the run.
-    With it they are left out and counted, and more than `limit` of all samples (taken as `grace`
-    at least) end the run."""
+    """What becomes of samples that cannot be used. Without `skip` the first one ends the run. With it
+    they are left out and counted; more than `limit` of all (`grace` at least) end the run."""
 
     def __init__(self, skip=False, limit=0.001, grace=10_000):
         self.skip, self.limit, self.grace = skip, limit, grace
@@ -477,7 +497,7 @@ class BadSamples:
                             f"{self.limit:.1%}; the first: {' '.join(self.first)}")
 
 
-class MicroBatch(NamedTuple):
+class Micro(NamedTuple):
     """One micro-batch of one rank, before it is loaded."""
     draws: tuple             # epoch * n + index of each sample; empty: a stand-in
     last: bool               # ends its step
@@ -495,8 +515,7 @@ def pack(batch, micro_tokens, world):
         else:
             micros.append([item])
     while len(micros) % world:
-        divisible = [micro for micro in micros if len(micro) > 1]
-        if divisible:
+        if divisible := [micro for micro in micros if len(micro) > 1]:
             widest = max(divisible, key=lambda micro: len(micro) * micro[0][0])
             at, half = micros.index(widest), len(widest) // 2
             micros[at:at + 1] = [widest[:half], widest[half:]]
@@ -505,24 +524,21 @@ def pack(batch, micro_tokens, world):
     return micros
 
 
-def get_sample(dataset, draw, peek=False):
-    """The sample of a draw. A dataset with `endless = True` has other samples in later epochs and
-    gets the draw itself; one with peek(i) can describe a sample without its pixels, by (width,
-    height)."""
-    get = dataset.peek if peek and hasattr(dataset, "peek") else dataset.__getitem__
-    return get(draw if getattr(dataset, "endless", False) else draw % len(dataset))
+def fetch(dataset, draw):
+    """The sample of a draw. A dataset with `endless = True` has other samples in later epochs and is
+    given the draw itself."""
+    return dataset[draw if getattr(dataset, "endless", False) else draw % len(dataset)]
 
 
 class Plan:
-    """Which samples make each step: an endless iterable of MicroBatch for one rank, and a pure
-    function of (seed, cursor).
+    """Which samples make each step: an endless iterable of Micro for one rank, and a pure function of
+    (seed, cursor).
 
-    A step takes the next samples of the order until all ranks together have `batch_tokens`
-    tokens; rank, world and workers do not enter. Every rank computes this and takes each world-th
+    A step takes the next samples of the order until all ranks together have `batch_tokens` tokens;
+    rank, world and workers do not enter. Every rank computes this and takes each world-th
     micro-batch, so that what runs at one time is of like length. A sample whose length cannot be
-    told (a bad line, a missing or broken image header) is no part of the step; one that fails in
-    decoding is absent from its micro-batch. Both are the same in every run. Raises BadSample as
-    `bad` decides, ValueError for an empty data set."""
+    told is no part of the step; one that fails in decoding is absent from its micro-batch. Both are
+    the same in every run. Raises BadSample as `bad` decides, ValueError for an empty data set."""
 
     def __init__(self, dataset, processor, seed, batch_tokens, micro_tokens, rank=0, world=1,
                  cursor=None, bad=None):
@@ -543,9 +559,8 @@ class Plan:
             draw = epoch * n + int(order(n, self.seed, epoch)[position])
             position += 1
             try:
-                rows = get_sample(self.dataset, draw, peek=True).rows()
-                lengths = [self.processor.length(row) for row in rows]
-                batch.append((max(lengths) * len(lengths), draw))    # a pair is padded to its longer
+                lengths = [self.processor.length(row) for row in fetch(self.dataset, draw).rows()]
+                batch.append((max(lengths) * len(lengths), draw))    # a pair, padded to its longer
                 tokens += sum(lengths)
                 self.bad.saw(1)
             except BadSample as error:
@@ -557,22 +572,17 @@ class Plan:
                                     f"{error}") from None
         return batch, {"epoch": epoch, "position": position}
 
-    def step(self, cursor):
-        """-> this rank's micro-batches of the step at `cursor`, and the cursor after it."""
-        batch, cursor = self.gather(cursor)
-        mine = pack(batch, self.micro_tokens, self.world)[self.rank::self.world]
-        draws = [tuple(draw for _, draw in micro) for micro in mine]
-        return [MicroBatch(x, k + 1 == len(draws), cursor) for k, x in enumerate(draws)], cursor
-
     def __iter__(self):
         cursor = self.cursor
         while True:
-            micros, cursor = self.step(cursor)
-            yield from micros
+            batch, cursor = self.gather(cursor)
+            mine = pack(batch, self.micro_tokens, self.world)[self.rank::self.world]
+            for k, micro in enumerate(mine):
+                yield Micro(tuple(draw for _, draw in micro), k + 1 == len(mine), cursor)
 
 
-class MicroBatches(torch.utils.data.Dataset):
-    """MicroBatch -> Batch; what a worker does."""
+class Fetch(torch.utils.data.Dataset):
+    """Micro -> Batch; what a worker does."""
 
     def __init__(self, dataset, processor):
         self.dataset, self.processor = dataset, processor
@@ -581,7 +591,7 @@ class MicroBatches(torch.utils.data.Dataset):
         encoded, bad, pad = [], [], self.processor.pad_id
         for draw in micro.draws:
             try:
-                encoded += encode_rows(self.processor, get_sample(self.dataset, draw))
+                encoded += encode_rows(self.processor, fetch(self.dataset, draw))
             except NoPreference:
                 pass
             except BadSample as error:
@@ -592,44 +602,36 @@ class MicroBatches(torch.utils.data.Dataset):
 
 
 def loader(dataset, processor, plan, workers=0, pin_memory=False):
-    """Endless iterator of Batch: the plan's micro-batches in the plan's order, whatever the
-    number of workers. `batch.last` ends a step, after which a Plan with cursor=batch.cursor goes
-    on."""
+    """Endless iterator of Batch: the plan's micro-batches in the plan's order, whatever the number
+    of workers. `batch.last` ends a step, after which a Plan with cursor=batch.cursor goes on."""
     batches = torch.utils.data.DataLoader(
-        MicroBatches(dataset, processor), batch_size=None, sampler=plan, num_workers=workers,
-        pin_memory=pin_memory, generator=torch.Generator())       # or it would advance the global one
+        Fetch(dataset, processor), batch_size=None, sampler=plan, num_workers=workers,
+        pin_memory=pin_memory, generator=torch.Generator())  # or it would advance the global one
     for batch in batches:
         # A fault that shows in decoding is seen by one rank only, and stands for `world` of them.
         plan.bad.saw(0, batch.bad, weight=plan.world)
         yield batch
 
 
-# --------------------------------------------------------------------------------------------------
-
-def check_sample(sample):
-    """Raises BadSample for what training would refuse, without decoding a pixel."""
-    if sample.chosen is None and sample.messages[-1]["role"] not in ("assistant", "document"):
-        raise BadSample(f"{sample.where} ends without an answer: it teaches nothing.")
-    with located(sample.where):
-        for file in sample.images:
-            with open_image(file) as image:
-                check_size(*image.size, file)
-
+# ---- Commands ------------------------------------------------------------------------------------
 
 def check(path):
-    """Checks every sample, prints the first complaints; -> number of bad samples."""
+    """Reads every line and every image's header, prints the first complaints; -> how many are bad."""
     data, bad = read_data(path), 0
     sources = [*data.sources.values()] if isinstance(data, Mixture) else [data]
-    for source in sources:
-        for i in range(len(source)):
-            try:
-                check_sample(source[i])
-            except NoPreference:
-                pass
-            except BadSample as error:
-                bad += 1
-                if bad <= 20:
-                    print(error)
+    for source, i in ((source, i) for source in sources for i in range(len(source))):
+        try:
+            sample = source[i]
+            if sample.chosen is None and sample.messages[-1]["role"] not in ("assistant", "document"):
+                raise BadSample(f"{sample.where} ends without an answer: it teaches nothing.")
+            for file in sample.images:
+                open_image(file, f"{sample.where}: {file}").close()
+        except NoPreference:
+            pass
+        except BadSample as error:
+            bad += 1
+            if bad <= 20:
+                print(error)
     print(f"{path}: {sum(map(len, sources))} samples, of which {bad} cannot be used.")
     return bad
 
@@ -642,8 +644,8 @@ if __name__ == "__main__":
     if args.command == "convert" and len(args.paths) < 2:
         parser.error("give parquet files and the folder to write to")
     try:
-        if args.command == "convert":
-            raise SystemExit(convert(args.paths[:-1], args.paths[-1]))
-        raise SystemExit(1 if sum(map(check, args.paths)) else 0)
+        converts = args.command == "convert"
+        bad = convert(args.paths[:-1], args.paths[-1]) if converts else sum(map(check, args.paths))
     except (OSError, ValueError, ImportError) as error:
         raise SystemExit(str(error)) from None
+    raise SystemExit(1 if bad else 0)

@@ -236,7 +236,7 @@ def test_long_samples_lose_text_only(folder):
     assert len(e.ids) == 60 == small.length(document) and e.ids[:59].tolist() == whole.ids[:59].tolist()
     for ask_for in (small.length, small.encode):
         with pytest.raises(BadSample, match="a is .* tokens above the cap of 100 even without its text"):
-            ask_for(ask("Total?", "12.50", images=6))
+            ask_for(ask("Total?", "12.50", images=15))            # of 4 tokens each at the least
 
 
 def test_batches_are_padded_on_either_side(processor):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import data
-from formats import JSONL, TABLE12, BadSample, convert
+from formats import JSONL, MIXTURES, TABLE12, BadSample, NoPreference, convert
 from test_data import IMAGE, picture, text, turn, write
 
 A, Q = [text("A")], turn("user", IMAGE, "Q")
@@ -67,6 +67,58 @@ READ = [                                                     # row, messages, im
      [turn("document", "A", IMAGE, "B")], ["p.png"], None, None),
     ({"text": "A <image>", "id": "<urn>", "url": "x", "dump": "y"},
      [turn("document", "A <image>")], [], None, None),
+    # GRIT, as its card shows a line, with the path of the downloaded image
+    ({"key": "0", "clip_similarity_vitb32": .35, "id": 1795, "url": "https://a/b.jpg", "image": "p.png",
+      "caption": "a wire hanger with a cover", "width": 1024, "height": 693,
+      "noun_chunks": [[0, 13, .019422, .02763, .95933, .96746, .675]],
+      "ref_exps": [[19, 26, .0196, .31054, .9622, .9603, .79], [0, 26, .019422, .02763, .95933, .96746, .675]]},
+     [turn("user", IMAGE, "Describe the image in one sentence."), turn("assistant", "a wire hanger with a cover"),
+      turn("user", "Locate what the sentence names, as JSON."),
+      turn("assistant", '[{"bbox_2d": [19, 28, 959, 967], "label": "a wire hanger with a cover"}, '
+                        '{"bbox_2d": [20, 311, 962, 960], "label": "a cover"}]')], ["p.png"], None, None),
+    ({"caption": "a cat", "noun_chunks": [[0, 5, 0, 0, 1, .5, .9]], "ref_exps": [], "image": "p.png"},
+     [turn("user", IMAGE, "Describe the image in one sentence."), turn("assistant", "a cat"),
+      turn("user", "Locate what the sentence names, as JSON."),
+      turn("assistant", '[{"bbox_2d": [0, 0, 1000, 500], "label": "a cat"}]')], ["p.png"], None, None),
+    ({"conversations": ["Q", "A", "Q2", "A2"], "source": "stackexchange"},                                  # LIMA
+     [turn("user", "Q"), turn("assistant", "A"), turn("user", "Q2"), turn("assistant", "A2")], [], None, None),
+    ({"image": "p.png", "question": "Q", "choices": ["x", "y", "z"], "answer": 2, "hint": "H", "task": "closed choice",
+      "grade": "grade2", "subject": "natural science", "topic": "t", "category": "c", "skill": "s", "lecture": "L",
+      "solution": "S"},                                                                                 # ScienceQA
+     [turn("user", IMAGE, "Context: H\nQ\nA. x\nB. y\nC. z\n"
+           "Answer with the option's letter from the given choices directly."), turn("assistant", "C")],
+     ["p.png"], None, None),
+    ({"image": None, "question": "Q", "choices": ["x", "y"], "answer": 0, "hint": ""},
+     [turn("user", "Q\nA. x\nB. y\nAnswer with the option's letter from the given choices directly."),
+      turn("assistant", "A")], [], None, None),
+    ({"texts": [None, "A", None], "images": ["p.png", None, "q.png"], "metadata": "[]", "general_metadata": "{}"},
+     [turn("document", IMAGE, "A", IMAGE)], ["p.png", "q.png"], None, None),                              # OBELICS
+    ({"image": "p.png", "conversations": [{"from": "human", "value": "<image>\nHint: H\nQuestion: Q"},
+                                          {"from": "gpt", "value": "The answer is B"}]},                # MathV360K
+     [turn("user", IMAGE, "Hint: H\nQuestion: Q"), turn("assistant", "The answer is B")], ["p.png"], None, None),
+    ({"id": "0", "data": ["Q", "A", "Q2", "A2"]},                                           # UltraChat, unfiltered
+     [turn("user", "Q"), turn("assistant", "A"), turn("user", "Q2"), turn("assistant", "A2")], [], None, None),
+    ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "uuid": "u",
+      "messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},          # Magpie-Pro
+     [turn("user", "Q"), turn("assistant", "A")], [], None, None),
+    ({"conversations": [{"from": "system", "value": "S", "weight": None}, {"from": "human", "value": "Q", "weight": 0.},
+                        {"from": "gpt", "value": "A", "weight": 1.}]},                                   # SlimOrca
+     [turn("system", "S"), turn("user", "Q"), turn("assistant", "A")], [], None, None),
+    # An image that no turn mentions comes first; <image> without an image is text, and so it is in an answer.
+    ({"conversations": [{"from": "system", "value": "S"}, {"from": "human", "value": "Q"},
+                        {"from": "gpt", "value": "A"}], "image": ["p.png", "q.png"]},
+     [turn("system", "S"), turn("user", IMAGE, IMAGE, "Q"), turn("assistant", "A")], ["p.png", "q.png"], None, None),
+    ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], "images": ["p.png"]},
+     [Q, turn("assistant", "A")], ["p.png"], None, None),
+    ({"conversations": [{"from": "human", "value": "use <image> tags in html"}, {"from": "gpt", "value": "<image>\n"}]},
+     [turn("user", "use <image> tags in html"), turn("assistant", "<image>\n")], [], None, None),
+    ({"messages": [{"role": "user", "content": "an <image> tag"}, {"role": "assistant", "content": "<image>"}]},
+     [turn("user", "an <image> tag"), turn("assistant", "<image>")], [], None, None),
+    ({"chosen": [{"role": "user", "content": "an <image> tag"}, {"role": "assistant", "content": "A"}],
+      "rejected": [{"role": "user", "content": "an <image> tag"}, {"role": "assistant", "content": "B"}]},
+     [turn("user", "an <image> tag")], [], A, [text("B")]),
+    ({"conversations": [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "write <image>"}],
+      "image": "p.png"}, [Q, turn("assistant", "write <image>")], ["p.png"], None, None),
 ]
 
 
@@ -92,7 +144,10 @@ def test_every_format_is_read_as_published(tmp_path, row, messages, images, chos
     ({"messages": [turn("user", IMAGE), turn("assistant", IMAGE)], "images": ["a", "b"]},
      "image in the assistant's"),
     ({"messages": [turn("user", "Q", IMAGE, IMAGE)], "images": ["p"]}, "2 image markers, and 1 images"),
-    ({"conversations": [{"from": "human", "value": "Q"}], "image": "p"}, "0 image markers, and 1 images"),
+    ({"conversations": [{"from": "human", "value": "<image>\n<image>\nQ"}], "image": "p"},
+     "2 image markers, and 1 images"),
+    ({"conversations": [{"from": "human", "value": "<image>\nQ"}], "image": None}, "but has <image>"),
+    ({"messages": [{"role": "user", "content": "Q\n<image>"}]}, "but has <image>"),
     ({"conversations": [{"from": "bot", "value": "Q"}]}, "'bot'"), ({"text": 3}, "neither text nor image"),
     ('{"text": "a \\ud83d b"}', "not Unicode"),
     ({"text": "a cat", "images": ["p.png"]}, "images or videos that its format has no place for"),
@@ -102,12 +157,51 @@ def test_every_format_is_read_as_published(tmp_path, row, messages, images, chos
     ({"messages": [turn("user", "Q")], "chosen": "A"}, "one of chosen and rejected without the other"),
     ({"messages": [turn("user", "Q")], "chosen": [turn("assistant", "A")], "rejected": "B"}, "answer that is not text"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "neither text nor image"),
-    ({"text": "not json", "image": "p"}, "malformed"), ({"messages": "Q"}, "malformed")])
+    ({"text": "not json", "image": "p"}, "malformed"), ({"messages": "Q"}, "malformed"),
+    ('{"text": ' + "[" * 3000 + "]" * 3000 + "}", "not JSON .*recursion"),
+    ('{"question": "Q", "image": "p.png", "options": ["x"], "answer": 1e400}', "the answer inf is none of"),
+    ({"question": "Q", "choices": ["x", "y"], "answer": .5}, "the answer 0.5 is none of"),
+    ({"question": "Q", "choices": "xy", "answer": 1}, "options is 'xy'"), ({"data": "QA"}, "turns is 'QA'"),
+    ({"texts": "AB", "images": [None, None]}, "texts is 'AB'"), ({"id": 1, "text": "a\nb", "images": [3]}, "images"),
+    ({"conversations": [{"from": "gpt", "value": {}}]}, "neither text nor image"),
+    ({"image": [3], "question": "Q", "answer": "A"}, "malformed"), ({"image": "data:image/png;base64,aaaa" * 999,
+                                                                  "question": "Q", "answer": "A"}, "by its address"),
+    ({"messages": [turn("x\ny" * 999, "Q")]}, "unknown role"),
+    ({"caption": "a cat", "noun_chunks": [[0, 5, 0, 0, 1.5, .5, .9]], "image": "p"}, "box is out of bounds"),
+    ({"caption": "a cat", "noun_chunks": [[0, 5, 0, 0, 1, .5, .9]], "url": "https://a/b.png"}, "download it"),
+    ({"chosen": [{"role": "user", "content": "Q"}], "rejected": [{"role": "system", "content": "B"}]},
+     "not two answers to one prompt")])
 def test_a_bad_line_is_one_sentence_with_file_and_line(tmp_path, row, complaint):
     lines = JSONL(write(tmp_path / "t.jsonl", {"text": "fine"}, "", row))
     assert len(lines) == 2 and lines[0].messages[0]["content"] == [text("fine")]
     with pytest.raises(BadSample, match=f"^t.jsonl line 3 .*{complaint}.*\\.$"):
         lines[1]
+
+
+def answers(chosen, rejected, **row):
+    return {key: [{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}]
+            for key, answer in (("chosen", chosen), ("rejected", rejected))} | row
+
+
+@pytest.mark.parametrize("row", [
+    answers("A", "A"), answers("A", "B", score_chosen=7., score_rejected=7.),
+    answers("A", "B", score_chosen=6.5, score_rejected=7.), answers("A", "B", score_chosen=float("nan"), score_rejected=7.),
+    answers("A", "B", **{"chosen-rating": 3, "rejected-rating": 5}), answers("A", "B", chosen_score=1, rejected_score=1),
+    {"image": "p.png", "question": "Q", "chosen": "A", "rejected": "A"},
+    {"image": "p.png", "text": json.dumps({"question": "Q", "chosen": "A", "rejected": "A"})},
+    {"messages": [turn("user", "Q")], "chosen": "A", "rejected": [text("A")]},
+    {"conversations": [{"from": "human", "value": "Q"}], "chosen": {"from": "gpt", "value": "A"},
+     "rejected": {"from": "gpt", "value": "A"}},
+    {"prompt": "Q", "completions": [r | {"response": "same"} for r in RATED]},
+    {"prompt": "Q", "completions": [r | {"annotations": {"Helpfulness": {"Rating": "3"}}} for r in RATED]}])
+def test_answers_of_which_none_is_better_are_no_pair(tmp_path, row):
+    with pytest.raises(NoPreference, match="^t.jsonl line 1 has .*better.*\\.$"):
+        JSONL(write(tmp_path / "t.jsonl", row))[0]
+
+
+def test_scores_that_agree_or_are_absent_leave_a_pair(tmp_path):
+    rows = [answers("A", "B", score_chosen=7.5, score_rejected=7.), answers("A", "B", score_chosen=7., score_rejected=None)]
+    assert all(sample.chosen == A for sample in JSONL(write(tmp_path / "t.jsonl", *rows)))
 
 
 def test_check_names_what_training_would_refuse(tmp_path, capsys):
