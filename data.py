@@ -344,7 +344,7 @@ class Processor:
 
         room, limit, token = int((1 - TEXT_SHARE) * self.max_tokens), self.max_pixels, self.factor ** 2
         if len(sizes) > 1 and tokens(limit) > room:
-            limits = range(self.max_pixels // token * token, self.min_pixels - 1, -token)
+            limits = [*range(limit // token * token, self.min_pixels, -token), self.min_pixels]
             at = bisect.bisect_left(limits, -room, key=lambda limit: -tokens(limit))
             limit = limits[min(at, len(limits) - 1)]
         return names, sizes, limit

@@ -1,4 +1,5 @@
 """data.py against transformers (pixels, ids), plain arithmetic (order, batches) and expectations by hand."""
+import io
 import json
 import pickle
 import struct
@@ -13,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 import data
 from data import (JSONL, BadSample, BadSamples, Mixture, NoPreference, Plan, Processor, Sample,
-                  collate, order)
+                  collate, order, read_image)
 
 SPECIALS = ("endoftext im_start im_end vision_start vision_end image_pad video_pad").split()
 WORDS = ("What is the total? 12.50 user\n\nassistant\nsystem\n Naïve café  read the 3rd line;\n\n  then "
@@ -209,6 +210,82 @@ def test_unusable_images_are_refused_by_name(processor, tmp_path, monkeypatch, c
         getattr(processor, ask)(Sample("a", [turn("user", IMAGE)], [str(tmp_path / "x.png")]))
 
 
+def tiff(bits, pixels, zero_is=1, kind=1):
+    """A TIFF of one row: bits a value, what 0 means (1: black, 0: white), kind of number (1 unsigned, 2 signed, 3 float)."""
+    tags = [(256, len(pixels) * 8 // bits), (257, 1), (258, bits), (259, 1), (262, zero_is), (273, 200), (277, 1), (278, 1),
+            (279, len(pixels)), (339, kind)]
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(struct.pack("<HHIHH", t, 3, 1, v, 0) for t, v in tags)
+    return (head + bytes(4)).ljust(200, b"\0") + pixels
+
+
+def sixteen(kind, values, transparent=None):
+    """A PNG of one row with 16 bits a value: kind 0 grey, 2 RGB, 4 grey and alpha."""
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    pixels = b"\0" + b"".join(struct.pack(">H", v) for v in values)
+    width = len(values) // {0: 1, 2: 3, 4: 2}[kind]
+    key = chunk(b"tRNS", struct.pack(">H", transparent)) if transparent is not None else b""
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, 16, kind, 0, 0, 0)) + key
+            + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b""))
+
+
+def saved(array, kind):
+    raw = io.BytesIO()
+    Image.fromarray(np.array([array])).save(raw, kind)
+    return raw.getvalue()
+
+
+SHORTS = np.array([0, 257 * 65, 20000, 65535], np.uint16)               # 20000 / 65535 * 255 = 77.8
+TONES = {                                                               # file, greys that it shows
+    "png 16": (sixteen(0, SHORTS), [0, 65, 78, 255]), "png 16 rgb": (sixteen(2, [20000] * 3), [78]),
+    "png 16 transparent": (sixteen(0, [20000, 30000, 0], transparent=30000), [78, 255, 0]),
+    "png 16 alpha": (sixteen(4, [20000, 65535, 20000, 0]), [78, 255]),
+    "tiff 16": (tiff(16, SHORTS.tobytes()), [0, 65, 78, 255]),
+    "tiff 16 from white": (tiff(16, SHORTS.tobytes(), zero_is=0), [255, 190, 177, 0]),
+    "tiff 12": (tiff(12, bytes([0x4e, 0x20, 0xff, 0xff, 0xf8, 0x00])), [78, 16, 255, 128]),    # 1250, 255, 4095, 2048
+    "tiff 8 from white": (tiff(8, bytes([200, 100]), zero_is=0), [55, 155]),
+    "jpeg2000 16": (saved(SHORTS, "JPEG2000"), [0, 65, 78, 255]), "pgm 16": (saved(SHORTS, "PPM"), [0, 65, 78, 255]),
+    "pgm to 1000": (b"P5 3 1 1000\n" + struct.pack(">HHH", 0, 305, 1000), [0, 78, 255]),
+    "pgm to 100": (b"P5 2 1 100\n" + bytes([100, 40]), [255, 102]),
+    "tiff 32": (saved(SHORTS.astype(np.int32), "TIFF"), None), "tiff float": (saved(SHORTS / np.float32(65535), "TIFF"), None),
+    "tiff signed": (tiff(16, struct.pack("<hh", 20000, -3), kind=2), None),
+    "tiff 8 signed": (tiff(8, bytes([200, 100]), kind=2), None),
+    "pfm": (b"Pf\n2 1\n-1.0\n" + struct.pack("<ff", .3, 1), None)}
+
+
+@pytest.mark.parametrize("name", TONES)
+def test_every_depth_of_a_picture_keeps_its_tones_or_is_refused_by_name(processor, tmp_path, name):
+    content, greys = TONES[name]
+    (tmp_path / "x.bin").write_bytes(content)
+    sample = Sample("a", [turn("user", IMAGE)], [str(tmp_path / "x.bin")])
+    if greys is None:
+        for ask in (processor.length, processor.encode):                # already by its header
+            with pytest.raises(BadSample, match="^a: .*x.bin has tones of mode .* make it 8 or 16 bits.$"):
+                ask(sample)
+        with pytest.raises(BadSample, match="^x has tones"):            # and as evaluate.py opens a column of bytes
+            read_image(io.BytesIO(content), "x")
+        return
+    for source in (str(tmp_path / "x.bin"), io.BytesIO(content)):
+        image = read_image(source)
+        assert [image.getpixel((x, 0)) for x in range(image.width)] == [(grey,) * 3 for grey in greys]
+    expected, _ = processor.patches(Image.fromarray(np.array([greys], np.uint8)))
+    assert torch.equal(processor.encode(sample).pixels, torch.from_numpy(expected))
+
+
+def test_an_image_in_memory_keeps_its_tones_too(processor):
+    image = Image.fromarray(np.full((32, 32), 20000, np.uint16))
+    grey = processor.patches(Image.new("L", (32, 32), 78))[0]
+    assert np.array_equal(processor.patches(image)[0], grey)
+    for mode in ("I", "F"):
+        with pytest.raises(BadSample, match=f"^a: image 1 has tones of mode {mode}"):
+            processor.encode(Sample("a", [turn("user", IMAGE)], [Image.new(mode, (32, 32))]))
+
+
+def test_evaluation_may_look_under_what_is_transparent():
+    image = picture(20, 20, "RGBA", seed=3)
+    assert read_image(image, on_white=False).tobytes() == image.convert("RGB").tobytes() != read_image(image).tobytes()
+
+
 def test_a_file_is_turned_upright_as_transformers_does(processor, oracle, tmp_path):
     from transformers.image_utils import load_image
     exif = Image.Exif()
@@ -237,6 +314,67 @@ def test_long_samples_lose_text_only(folder):
     for ask_for in (small.length, small.encode):
         with pytest.raises(BadSample, match="a is .* tokens above the cap of 100 even without its text"):
             ask_for(ask("Total?", "12.50", images=15))            # of 4 tokens each at the least
+
+
+def oracle_at(oracle, images, max_pixels):
+    """transformers' image processor, told to make at most `max_pixels` of each image."""
+    size = {"shortest_edge": 1024, "longest_edge": max_pixels}
+    return oracle.image_processor(images=images, size=size, return_tensors="pt")
+
+
+@pytest.mark.parametrize("sizes, words", [
+    ([(400, 400)] * 4, 3), ([(400, 400)] * 4, 900), ([(900, 70), (64, 64), (700, 500)], 40), ([(500, 500), (40, 40)], 0),
+    ([(1500, 20)] * 30, 10), ([(300, 200), (200, 300), (640, 480), (90, 90), (333, 777)], 5)])
+def test_several_images_shrink_together_until_they_fit(folder, oracle, sizes, words):
+    """Bit-equal to transformers at the largest common limit, found here by trying every one; no text is lost for it."""
+    cap, room = 1000, 750                                    # the text keeps a quarter
+    small = Processor(folder, max_tokens=cap)
+    images = [picture(*size, seed=k) for k, size in enumerate(sizes)]
+    sample = Sample("a", [turn("user", *[IMAGE] * len(images), "read " * words), turn("assistant", "12.50")], images)
+    e = small.encode(sample)
+    assert len(e.ids) == small.length(sample) <= cap
+
+    def tokens(limit):
+        return sum(h * w // 256 + 2 for h, w in (data.smart_resize(y, x, 16, 1024, limit) for x, y in sizes))
+    limit = next(n for n in range(2500 * 256, 1023, -256) if tokens(n) <= room)
+    theirs = oracle_at(oracle, images, limit)
+    assert torch.equal(e.pixels, theirs["pixel_values"]) and torch.equal(e.grids, theirs["image_grid_thw"])
+    assert len(e.pixels) // 4 == (e.ids == small.special["image_pad"]).sum() == tokens(limit) - 2 * len(images)
+    whole = sum(len(ids) for ids, *_ in small.runs(sample, [0] * len(images))) - 2 * len(images)
+    assert e.cut == max(0, whole + tokens(limit) - cap) and (words < 500) == (e.cut == 0)
+    assert limit < 2500 * 256
+
+
+def test_images_that_fit_and_a_single_image_are_left_as_they_are(folder, oracle):
+    """Also a single image that leaves its text less than a quarter."""
+    small = Processor(folder, max_tokens=1000)
+    for sizes in ([(400, 400)], [(470, 400)], [(300, 300)] * 2, [(200, 200)] * 4):
+        images = [picture(*size, seed=k) for k, size in enumerate(sizes)]
+        sample = Sample("a", [turn("user", *[IMAGE] * len(images), "read " * 900)], images)
+        theirs = oracle_at(oracle, images, 2500 * 256)
+        e = small.encode(sample)
+        assert torch.equal(e.pixels, theirs["pixel_values"]) and len(e.ids) == 1000
+
+
+def test_four_large_pages_fit_the_papers_cap(folder, tmp_path):
+    for name in ("tokenizer.json", "config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    paper = Processor(tmp_path)                              # the released sizes, at half the patch
+    pages = [turn("user", *[IMAGE] * 4, "read the pages"), turn("assistant", "12.50")]
+    assert paper.visual_tokens((1600, 1600), "a", paper.max_pixels) == 2500
+    sample = Sample("a", pages, [(1600, 1600)] * 4)
+    words = sum(len(ids) for ids, *_ in paper.runs(sample, [0] * 4)) - 8
+    assert 4 * (39 ** 2 + 2) <= 0.75 * 8192 < 4 * (40 ** 2 + 2)
+    assert paper.length(sample) == words + 4 * (39 ** 2 + 2)
+
+
+def test_a_pair_shows_the_same_images_whatever_its_answers(folder):
+    """The limit does not depend on the text, or a long and a short answer would have other prompts."""
+    small = Processor(folder, max_tokens=1000)
+    pair = Sample("p", [turn("user", IMAGE, IMAGE, IMAGE, "Total?")], [picture(400, 400, seed=k) for k in range(3)],
+                  chosen=[text("12.50")], rejected=[text("read the line " * 30)])
+    one, two = data.encode_rows(small, pair)
+    assert torch.equal(one.grids, two.grids) and len(one.ids) < len(two.ids) <= 1000
 
 
 def test_batches_are_padded_on_either_side(processor):

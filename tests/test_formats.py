@@ -1,6 +1,8 @@
 """formats.py against lines as they are published, each with the sample it should become, written by hand."""
+import copy
 import io
 import json
+import random
 from collections import Counter
 
 import pytest
@@ -8,7 +10,7 @@ from PIL import Image
 
 import data
 from formats import JSONL, MIXTURES, TABLE12, BadSample, NoPreference, convert
-from test_data import IMAGE, picture, text, turn, write
+from test_data import IMAGE, folder, picture, processor, text, turn, write  # noqa: F401 (fixtures)
 
 A, Q = [text("A")], turn("user", IMAGE, "Q")
 RATED = [{"model": m, "response": r,
@@ -237,6 +239,57 @@ def test_parquet_becomes_jsonl_and_image_files(tmp_path):
     assert sample.chosen == A and Image.open(sample.images[0]).tobytes() == picture().tobytes()
 
 
+def parquet(path, *rows):
+    pa = pytest.importorskip("pyarrow", reason="parquet is optional")
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def encoded(image, kind):
+    raw = io.BytesIO()
+    image.save(raw, kind)
+    return raw.getvalue()
+
+
+def test_bytes_are_an_image_only_where_they_decode_as_one(tmp_path):
+    """Text that is stored as bytes stays text, also where it begins as an image file would."""
+    grey = Image.new("L", (2, 1), 65)
+    images = {kind: encoded(grey, kind) for kind in ("PNG", "JPEG", "GIF", "PPM")}
+    assert images["PPM"].isascii()                           # and yet an image
+    words = ["plain", "naïve 日本語", "P5 is a road", "P5 30 30 255 and so on", "GIF89a", "", "BM", "a\nb"]
+    rows = [{"text": word.encode()} for word in words]
+    data.convert([parquet(tmp_path / "t.parquet", *rows)], tmp_path / "out")
+    samples = JSONL(tmp_path / "out" / "data.jsonl")
+    assert [sample.messages[0]["content"][0]["text"] for sample in samples] == words
+    assert not list((tmp_path / "out" / "images").iterdir())
+    rows = [{"image": raw, "question": b"Q", "answer": b"A"} for raw in images.values()]
+    data.convert([parquet(tmp_path / "t.parquet", *rows)], tmp_path / "out")
+    for sample in JSONL(tmp_path / "out" / "data.jsonl"):
+        assert sample.messages == [Q, turn("assistant", "A")] and Image.open(sample.images[0]).convert("L").getpixel((0, 0)) == 65
+    for raw in (b"\xff\xfe\x00", b"\0", images["PNG"][:20], b"caf\xe9"):
+        with pytest.raises(ValueError, match="t.parquet row 2: text holds bytes that are neither an image nor text"):
+            data.convert([parquet(tmp_path / "t.parquet", {"text": b"fine"}, {"text": raw})], tmp_path / "bad")
+    assert not (tmp_path / "bad" / "data.jsonl").exists()    # no half of a file under its name
+
+
+def test_a_broken_image_in_a_column_of_images_is_left_to_check(tmp_path, capsys):
+    rows = [{"image": {"bytes": raw, "path": "a.png"}, "question": "Q", "answer": "A"}
+            for raw in (encoded(picture(), "PNG"), b"no image")]
+    data.convert([parquet(tmp_path / "t.parquet", *rows)], tmp_path / "out")
+    assert data.check(tmp_path / "out" / "data.jsonl") == 1
+    assert "data.jsonl line 2: " in capsys.readouterr().out
+
+
+def test_obelics_with_its_column_of_images_is_read_from_parquet(tmp_path):
+    raw = {"bytes": encoded(picture(), "PNG"), "path": None}
+    rows = [{"images": [raw, None, raw], "texts": [None, "A", None], "metadata": "[]", "general_metadata": "{}"}]
+    data.convert([parquet(tmp_path / "t.parquet", *rows)], tmp_path / "out")
+    [sample] = JSONL(tmp_path / "out" / "data.jsonl")
+    assert sample.messages == [turn("document", IMAGE, "A", IMAGE)] and len(set(sample.images)) == 2
+    assert all(Image.open(image).tobytes() == picture().tobytes() for image in sample.images)
+
+
 def test_a_recipe_takes_table_12s_weights_and_refuses_unknown_fields(tmp_path):
     for name, n in (("f", 40), ("o", 40), ("x", 7)):
         write(tmp_path / f"{name}.jsonl", *[{"text": f"{name}{i}"} for i in range(n)])
@@ -250,3 +303,114 @@ def test_a_recipe_takes_table_12s_weights_and_refuses_unknown_fields(tmp_path):
         (tmp_path / "mix.json").write_text(json.dumps(broken))
         with pytest.raises(ValueError, match="mix.json"):
             data.read_data(tmp_path / "mix.json")
+
+
+def test_the_mixtures_of_c4_and_c5_are_known_by_name(tmp_path):
+    sft, dpo = MIXTURES["sft"], MIXTURES["dpo"]
+    assert sum(sft.values()) == 500_000 and sum(dpo.values()) == 150_000          # App. C.4, C.5
+    assert [round(share / 5000) for share in sft.values()] == [40, 25, 15, 15, 5]
+    assert dpo == {"mmpr": 100_000, "vlfeedback": 25_000, "ultrafeedback": 15_000, "rlhf-v": 10_000}
+    sizes = dict(cambrian=9, scienceqa=1, mathv360k=3, lima=2, mine=5)
+    for name, n in sizes.items():
+        write(tmp_path / f"{name}.jsonl", *[{"text": name}] * n)
+    sources = [{"name": name, "path": f"{name}.jsonl"} for name in sizes]
+    (tmp_path / "mix.json").write_text(json.dumps({"mixture": "sft", "sources": sources, "samples": 300_005}))
+    mixture = data.read_data(tmp_path / "mix.json")
+    assert dict(zip(mixture.names, mixture.quota)) == dict(              # 75,000 are shared 1 : 3, the rest is whole
+        cambrian=200_000, scienceqa=18_750, mathv360k=56_250, lima=25_000, mine=5)
+    sources[2]["weight"] = 55                                             # has its own, and leaves ScienceQA the share
+    (tmp_path / "mix.json").write_text(json.dumps({"mixture": "sft", "sources": sources, "samples": 300_060}))
+    mixture = data.read_data(tmp_path / "mix.json")
+    assert dict(zip(mixture.names, mixture.quota)) == dict(
+        cambrian=200_000, scienceqa=75_000, mathv360k=55, lima=25_000, mine=5)
+
+
+@pytest.mark.parametrize("change, complaint", [
+    ({"sources": None}, "sources is None"), ({"sources": []}, "needs sources"), ({"sources": [7]}, "not an object"),
+    ({"path": ["x"]}, "path is ..x.."), ({"path": None}, "path is None"), ({"name": 3}, "name is 3"),
+    ({"path": "x\0y"}, "the source lima: embedded null byte"), ({"path": "no.jsonl"}, "No such file"),
+    ({"path": "."}, "Is a directory"), ({"path": "empty.jsonl"}, "has 0 samples"), ({"images": 3}, "images is 3"),
+    ({"weight": "1"}, "weight is '1'"), ({"weight": 0}, "the weight 0"), ({"weight": float("nan")}, "the weight nan"),
+    ({"weight": float("inf")}, "the weight inf"), ({"weight": -2}, "the weight -2"), ({"weight": True}, "weight is True"),
+    ({"weight": 10 ** 400}, "the weight 1000"), ({"samples": 1.5}, "samples is 1.5"), ({"samples": 0}, "samples as a number"),
+    ({"samples": 10 ** 30}, "samples as a number"), ({"seed": "x"}, "seed is 'x'"), ({"mixture": "c4"}, "a mixture of distill"),
+    ("[" * 3000, "not JSON"), ('{"sources": ' + "[" * 3000 + "]" * 3000 + "}", "not JSON .*recursion"),
+    ('{"sources": \ud83d', "not JSON"), ("{", "not JSON")])
+def test_a_wrong_recipe_is_one_sentence_with_its_name(tmp_path, change, complaint):
+    write(tmp_path / "a.jsonl", {"text": "a"})
+    write(tmp_path / "empty.jsonl", "")
+    recipe = {"sources": [{"name": "lima", "path": "a.jsonl"}]}
+    if isinstance(change, dict):
+        inside = set(change) <= {"name", "path", "images", "weight"}
+        (recipe["sources"][0] if inside else recipe).update(change)
+        change = json.dumps(recipe)
+    (tmp_path / "mix.json").write_bytes(change.encode(errors="surrogatepass"))
+    with pytest.raises((ValueError, OSError), match=complaint) as error:
+        data.read_data(tmp_path / "mix.json")
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+# -- Mutations: a part of the campaign, the same every time
+
+ODD = [None, [], {}, "", 0, -1, 1.5, True, float("inf"), float("nan"), 10 ** 30, [None], [[]], ["a", "b"], [{"a": 1}],
+       "\ud800", "<image>", "a\nb", "\0", "x" * 5000, "http://a/b", {"bytes": "x"}, {"type": "image"}, "DEEP"]
+
+
+def places(value, path=()):
+    yield path
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from places(value[key], path + (key,))
+
+
+def mutated(row, rng):
+    """A line with one place exchanged, removed, wrapped in a list, or a column added."""
+    row = copy.deepcopy(row)
+    *path, last = rng.choice([path for path in places(row) if path])
+    at = row
+    for key in path:
+        at = at[key]
+    how = rng.randrange(4)
+    if how == 0:
+        at[last] = copy.deepcopy(rng.choice(ODD))
+    elif how == 1:
+        del at[last]
+    elif how == 2:
+        at[last] = [at[last]]
+    else:
+        row[rng.choice("images image chosen messages text conversations caption".split())] = rng.choice(ODD)
+    return json.dumps(row).replace('"DEEP"', "[" * 3000 + "]" * 3000)
+
+
+def test_a_mutated_line_is_a_sample_or_one_sentence(tmp_path, processor):
+    rng, seen = random.Random(0), Counter()
+    picture().save(tmp_path / "p.png")
+    for _ in range(600):
+        line = mutated(rng.choice(READ)[0], rng)
+        try:
+            sample = JSONL(write(tmp_path / "t.jsonl", line))[0]
+            for row in sample.rows():
+                assert len(processor.encode(row).ids) == processor.length(row)
+            seen["read"] += 1
+        except BadSample as error:
+            assert str(error).startswith("t.jsonl line 1") and str(error).endswith("."), line
+            assert "\n" not in str(error) and len(str(error)) < 1000, line
+            seen["refused"] += 1
+    assert min(seen.values()) > 150
+
+
+def test_a_mutated_recipe_is_a_mixture_or_one_sentence(tmp_path):
+    rng, seen = random.Random(0), Counter()
+    write(tmp_path / "a.jsonl", *[{"text": "a"}] * 5)
+    recipe = {"mixture": "sft", "samples": 9, "seed": 3, "sources": [
+        {"name": "lima", "path": "a.jsonl", "images": "."}, {"name": "mine", "path": "a.jsonl", "weight": 2}]}
+    for _ in range(300):
+        text = mutated(recipe, rng)
+        (tmp_path / "mix.json").write_text(text)
+        try:
+            mixture = data.read_data(tmp_path / "mix.json")
+            assert mixture[0].messages and mixture[len(mixture) * 3 + 1].messages
+            seen["read"] += 1
+        except (ValueError, OSError) as error:
+            assert str(tmp_path) in str(error) and "\n" not in str(error), text
+            seen["refused"] += 1
+    assert min(seen.values()) > 30
