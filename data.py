@@ -17,7 +17,6 @@ import argparse
 import bisect
 import json
 import math
-import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -26,17 +25,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tokenizers import Tokenizer
 
 from formats import JSONL, BadSample, NoPreference, Sample, convert, read_recipe, texts  # noqa: F401
+from parts.images import check_size, flattened, open_image, read_image                   # noqa: F401
 
 MAX_TEXT_TOKENS = 4096               # App. C.3: pure text is truncated here,
 MAX_TOKENS = 8192                    #           vision-text is capped here,
 MAX_VISUAL_TOKENS = 2500             #           and one image has at most this many visual tokens
 TEXT_SHARE = 1 / 4                   # of MAX_TOKENS: what several large images leave to their text
-MAX_IMAGE_PIXELS = 80_000_000        # a file that claims more is refused unread
-MAX_ASPECT = 200                     # Qwen's own limit
 IGNORED = -100                       # the label of a position that is not supervised
 RELEASED = {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "rescale_factor": 1 / 255,
             "image_mean": [.5, .5, .5], "image_std": [.5, .5, .5]}    # the released settings
@@ -81,84 +79,15 @@ class Batch:
         return self._tensors(torch.Tensor.pin_memory)
 
 
-# ---- Images --------------------------------------------------------------------------------------
+# ---- Processor: Qwen3-VL's image processing, chat template and tokenisation ----------------------
 
 @contextmanager
-def reading(name):
-    """Any complaint inside becomes a BadSample: broken files let Pillow raise nearly anything."""
+def located(where):
+    """A complaint about an image becomes a BadSample that says which sample shows it."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")      # of size (our limit is lower) and of odd metadata
-            yield
-    except FileNotFoundError:
-        raise BadSample(f"{name} is missing.") from None
-    except (BadSample, MemoryError):
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise BadSample(f"{name} cannot be read as an image ({reason}).") from None
-
-
-def check_size(width, height, name):
-    if width * height > MAX_IMAGE_PIXELS:
-        complaint = f"above the limit of {MAX_IMAGE_PIXELS:,}"
-    elif max(width, height) > MAX_ASPECT * min(width, height):
-        complaint = f"a ratio above {MAX_ASPECT}"
-    else:
-        return
-    raise BadSample(f"{name} has {width} x {height} pixels, {complaint}.")
-
-
-def tone_range(image, name):
-    """The values of black and white: 0 and 255, or of a 16-bit grey what its header says. Raises
-    BadSample for numbers whose range no header states (32 bits, signed, floats)."""
-    tags = getattr(image, "tag_v2", {})          # TIFF: 258 bits, 262 what 0 means, 339 number
-    unsigned = tags.get(339, (1,))[0] in (1, 4)
-    if unsigned and image.mode[0] not in "IF":
-        return 0, 255
-    grey16 = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
-    if not (unsigned and grey16 and image.format in (None, "PNG", "PPM", "JPEG2000", "TIFF")):
-        raise BadSample(f"{name} has tones of mode {image.mode} and does not say which is white; make "
-                        "it 8 or 16 bits.")
-    white = 2 ** tags.get(258, (16,))[0] - 1
-    return (white, 0) if tags.get(262) == 0 else (0, white)
-
-
-def open_image(source, name=None):
-    """A path or an open file, its header read and checked, nothing decoded."""
-    name = name or str(source)
-    with reading(name):
-        image = Image.open(source)
-        check_size(*image.size, name)
-        tone_range(image, name)
-        return image
-
-
-def flattened(image, tones=None, on_white=True):
-    """Any mode -> RGB; what is transparent is composited on white, or shows what lies under it.
-    tones: tone_range() of the file, if `image` is a copy that has forgotten it."""
-    black, white = tones or tone_range(image, "the image")
-    if (black, white) != (0, 255):
-        values, key = np.asarray(image).astype(np.int64), image.info.get("transparency")
-        image = Image.fromarray(np.rint((values - black) * 255 / (white - black)).astype(np.uint8))
-        if key is not None:                      # the one value that is transparent
-            image.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
-    if on_white and ("A" in image.getbands() or image.info.get("transparency") is not None):
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255,) * 4), image)
-    return image.convert("RGB")
-
-
-def read_image(source, name="an image", on_white=True):
-    """A path, an open file or a PIL image -> RGB: the one way in, for training and evaluation.
-
-    Like transformers, turns a file upright by its EXIF orientation and takes a PIL image as it is.
-    Of an animation the first frame counts. Raises BadSample."""
-    is_file = not isinstance(source, Image.Image)
-    image = open_image(source, name) if is_file else source
-    with reading(name):
-        tones = tone_range(image, name)
-        return flattened(ImageOps.exif_transpose(image) if is_file else image, tones, on_white)
+        yield
+    except ValueError as error:
+        raise BadSample(f"{where}: {error}") from None
 
 
 def smart_resize(height, width, factor, min_pixels, max_pixels):
@@ -174,8 +103,6 @@ def smart_resize(height, width, factor, min_pixels, max_pixels):
         h, w = (math.ceil(side * grow / factor) * factor for side in (height, width))
     return h, w
 
-
-# ---- Processor: Qwen3-VL's image processing, chat template and tokenisation ----------------------
 
 class Processor:
     """Reads tokenizer.json, config.json and, if there, preprocessor_config.json of a model's folder.
@@ -242,24 +169,18 @@ class Processor:
     def decode(self, ids, skip_special_tokens=True):
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
-    def target(self, size, name, max_pixels):
+    def target(self, size, max_pixels):
         """(width, height) -> (height, width) after resizing to at most `max_pixels`."""
-        width, height = size
-        h, w = smart_resize(height, width, self.factor, self.min_pixels, max_pixels)
-        if (tokens := h * w // self.factor ** 2) > self.max_visual_tokens:
-            # A strip, whose short side has one visual token at least.
-            raise BadSample(f"{name} with {width} x {height} pixels needs {tokens} visual tokens, "
-                            f"above the limit of {self.max_visual_tokens}.")
-        return h, w
+        return smart_resize(size[1], size[0], self.factor, self.min_pixels, max_pixels)
 
-    def visual_tokens(self, size, name, max_pixels):
-        h, w = self.target(size, name, max_pixels)
+    def visual_tokens(self, size, max_pixels):
+        h, w = self.target(size, max_pixels)
         return h * w // self.factor ** 2
 
-    def patches(self, source, name="an image", max_pixels=None):
+    def patches(self, source, max_pixels=None, name=None):
         """Path or PIL image -> pixels (n, C·t·p·p) float32 in merge-block order; grid [1, gh, gw]."""
         image = read_image(source, name)
-        h, w = self.target(image.size, name, max_pixels or self.max_pixels)
+        h, w = self.target(image.size, max_pixels or self.max_pixels)
         image = image.resize((w, h), Image.Resampling.BICUBIC)
         p, m, gh, gw = self.patch, self.merge, h // self.patch, w // self.patch
         x = np.asarray(image).reshape(gh // m, m, p, gw // m, m, p, 3)        # rows, columns, C
@@ -268,6 +189,35 @@ class Processor:
         for c in range(3):
             pixels[:, c] = self.table[c][x[:, c]]            # a still picture fills all t frames
         return pixels.reshape(gh * gw, -1), [1, gh, gw]
+
+    def size(self, image, name):
+        """(width, height) of a path, a PIL image or a (width, height), from the header alone."""
+        if isinstance(image, (str, Path)):
+            with open_image(image) as file:
+                size = file.size
+        else:
+            size = image if isinstance(image, tuple) else image.size
+            check_size(*size, name)
+        if (tokens := self.visual_tokens(size, self.max_pixels)) > self.max_visual_tokens:
+            # A strip, whose short side has one visual token at least.
+            raise ValueError(f"{name} with {size[0]} x {size[1]} pixels needs {tokens} visual tokens, "
+                             f"above the limit of {self.max_visual_tokens}.")
+        return size
+
+    def shared_limit(self, sizes):
+        """The pixels that each image of a sample may have. The caps are on the whole sample (App.
+        C.3): several images that together would take more than 1 - TEXT_SHARE of MAX_TOKENS get one
+        lower limit, the largest at which they do not. It does not depend on the text, so that a
+        prompt shows the same image whatever its answer."""
+        def tokens(limit):                       # and two more that stand around each image
+            return sum(self.visual_tokens(size, limit) + 2 for size in sizes)
+
+        room, limit, token = int((1 - TEXT_SHARE) * self.max_tokens), self.max_pixels, self.factor ** 2
+        if len(sizes) < 2 or tokens(limit) <= room:
+            return limit
+        limits = [*range(limit // token * token, self.min_pixels, -token), self.min_pixels]
+        at = bisect.bisect_left(limits, -room, key=lambda limit: -tokens(limit))
+        return limits[min(at, len(limits) - 1)]
 
     def runs(self, sample, visual, add_generation_prompt=False):
         """The sample as runs [ids, supervised, is_text]; `visual` has the tokens of each image.
@@ -322,50 +272,26 @@ class Processor:
             excess -= room
         return cut
 
-    def sizes(self, sample):
-        """-> the images' names for complaints, their (width, height), and the pixels each may have.
-
-        The caps are on the whole sample (App. C.3). Several images that together would take more than
-        1 - TEXT_SHARE of MAX_TOKENS get one lower limit of size, the largest at which they do not.
-        It does not depend on the text: a prompt shows the same image whatever its answer."""
-        names, sizes, where = [], [], sample.where or sample.id
-        for k, image in enumerate(sample.images):
-            is_file = isinstance(image, (str, Path))
-            names.append(f"{where}: " + (str(image) if is_file else f"image {k + 1}"))
-            if is_file:
-                with open_image(image, names[-1]) as image:
-                    sizes.append(image.size)
-            else:
-                sizes.append(image if isinstance(image, tuple) else image.size)
-                check_size(*sizes[-1], names[-1])
-
-        def tokens(limit):                       # and two more that stand around each image
-            return sum(self.visual_tokens(*x, limit) + 2 for x in zip(sizes, names))
-
-        room, limit, token = int((1 - TEXT_SHARE) * self.max_tokens), self.max_pixels, self.factor ** 2
-        if len(sizes) > 1 and tokens(limit) > room:
-            limits = [*range(limit // token * token, self.min_pixels, -token), self.min_pixels]
-            at = bisect.bisect_left(limits, -room, key=lambda limit: -tokens(limit))
-            limit = limits[min(at, len(limits) - 1)]
-        return names, sizes, limit
-
     def layout(self, sample, add_generation_prompt):
-        """-> names and limit as above, the runs within the caps, and the tokens that went for it."""
-        names, sizes, limit = self.sizes(sample)
-        visual = [self.visual_tokens(*x, limit) for x in zip(sizes, names)]
+        """-> the runs within the caps, the tokens that went for it, and the limit of an image."""
+        where = sample.where or sample.id
+        with located(where):
+            sizes = [self.size(image, f"image {k + 1}") for k, image in enumerate(sample.images)]
+        limit = self.shared_limit(sizes)
+        visual = [self.visual_tokens(size, limit) for size in sizes]
         runs = self.runs(sample, visual, add_generation_prompt)
-        cap = self.max_tokens if visual else self.max_text_tokens
-        return names, limit, runs, self.shorten(runs, cap, sample.where or sample.id)
+        return runs, self.shorten(runs, self.max_tokens if sizes else self.max_text_tokens, where), limit
 
     def length(self, sample, add_generation_prompt=False):
         """The number of tokens encode() will make, without decoding a pixel. Raises BadSample."""
-        _, _, runs, _ = self.layout(sample, add_generation_prompt)
-        return sum(len(ids) for ids, *_ in runs)
+        return sum(len(ids) for ids, *_ in self.layout(sample, add_generation_prompt)[0])
 
     def encode(self, sample, add_generation_prompt=False):
         """Sample -> Encoded, within the caps. Raises BadSample."""
-        names, limit, runs, cut = self.layout(sample, add_generation_prompt)
-        images = [self.patches(image, name, limit) for image, name in zip(sample.images, names)]
+        runs, cut, limit = self.layout(sample, add_generation_prompt)
+        with located(sample.where or sample.id):
+            images = [self.patches(x, limit, None if isinstance(x, (str, Path)) else f"image {k + 1}")
+                      for k, x in enumerate(sample.images)]
         ids = torch.tensor([i for ids, *_ in runs for i in ids])                          # (T,)
         learn = torch.tensor([learn for ids, learn, _ in runs for _ in ids])              # (T,)
         pixels = torch.from_numpy(np.concatenate([x for x, _ in images])) if images else None
@@ -624,8 +550,9 @@ def check(path):
             sample = source[i]
             if sample.chosen is None and sample.messages[-1]["role"] not in ("assistant", "document"):
                 raise BadSample(f"{sample.where} ends without an answer: it teaches nothing.")
-            for file in sample.images:
-                open_image(file, f"{sample.where}: {file}").close()
+            with located(sample.where):
+                for file in sample.images:
+                    open_image(file).close()
         except NoPreference:
             pass
         except BadSample as error:
