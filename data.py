@@ -28,8 +28,9 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
-from formats import JSONL, BadSample, NoPreference, Sample, convert, read_recipe, texts  # noqa: F401
-from parts.images import check_size, flattened, open_image, read_image                   # noqa: F401
+from formats import (JSONL, BadSample, NoPreference, Sample, convert, read_recipe,  # noqa: F401
+                     texts)
+from parts.images import check_size, flattened, open_image, read_image              # noqa: F401
 
 MAX_TEXT_TOKENS = 4096               # App. C.3: pure text is truncated here,
 MAX_TOKENS = 8192                    #           vision-text is capped here,
@@ -90,6 +91,11 @@ def located(where):
         raise BadSample(f"{where}: {error}") from None
 
 
+def image_names(sample):
+    return [str(image) if isinstance(image, (str, Path)) else f"image {k + 1}"
+            for k, image in enumerate(sample.images)]
+
+
 def smart_resize(height, width, factor, min_pixels, max_pixels):
     """Qwen's target size: sides are multiples of `factor`, the area within bounds, the shape nearly
     kept."""
@@ -126,8 +132,8 @@ class Processor:
         self.temporal = vision["temporal_patch_size"]
         for name, value in (("patch_size", self.patch), ("merge_size", self.merge)):
             if settings.get(name, value) != value:
-                raise ValueError(f"{folder}: {name} is {settings[name]} in preprocessor_config.json, "
-                                 f"but {value} in config.json.")
+                raise ValueError(f"{folder}: {name} is {settings[name]} in "
+                                 f"preprocessor_config.json, but {value} in config.json.")
         self.factor = self.patch * self.merge           # a visual token is factor x factor pixels
         self.max_visual_tokens = max_visual_tokens
         self.max_tokens, self.max_text_tokens = max_tokens, max_text_tokens
@@ -140,7 +146,8 @@ class Processor:
         # A byte has 256 values, so rescaling and normalising are one table, rounded as transformers
         # rounds (the product in float64, the rest in float32).
         scaled = (np.arange(256) * settings["rescale_factor"]).astype(np.float32)
-        mean, std = (np.array(settings[x], np.float32)[:, None] for x in ("image_mean", "image_std"))
+        mean = np.array(settings["image_mean"], np.float32)[:, None]
+        std = np.array(settings["image_std"], np.float32)[:, None]
         self.table = (scaled - mean) / std                                                # (C, 256)
 
         try:
@@ -152,7 +159,7 @@ class Processor:
                      vision_end="vision_end_token_id", im_start="", im_end="", endoftext="")
         self.special = {name: self.tokenizer.token_to_id(f"<|{name}|>") for name in named}
         for name, key in named.items():
-            if self.special[name] is None or key and config[key] != self.special[name]:
+            if self.special[name] is None or key and config.get(key) != self.special[name]:
                 raise ValueError(f"{folder}: <|{name}|> is token {self.special[name]} in "
                                  f"tokenizer.json, but {config.get(key, 'needed')} in config.json.")
         self.pad_id = self.special["endoftext"]
@@ -178,7 +185,7 @@ class Processor:
         return h * w // self.factor ** 2
 
     def patches(self, source, max_pixels=None, name=None):
-        """Path or PIL image -> pixels (n, C·t·p·p) float32 in merge-block order; grid [1, gh, gw]."""
+        """Path or PIL image -> pixels (n, C·t·p·p) float32 by merge block, grid [1, gh, gw]."""
         image = read_image(source, name)
         h, w = self.target(image.size, max_pixels or self.max_pixels)
         image = image.resize((w, h), Image.Resampling.BICUBIC)
@@ -198,10 +205,10 @@ class Processor:
         else:
             size = image if isinstance(image, tuple) else image.size
             check_size(*size, name)
-        if (tokens := self.visual_tokens(size, self.max_pixels)) > self.max_visual_tokens:
-            # A strip, whose short side has one visual token at least.
-            raise ValueError(f"{name} with {size[0]} x {size[1]} pixels needs {tokens} visual tokens, "
-                             f"above the limit of {self.max_visual_tokens}.")
+        tokens = self.visual_tokens(size, self.max_pixels)
+        if tokens > self.max_visual_tokens:      # a strip: its short side has one token at least
+            raise ValueError(f"{name} with {size[0]} x {size[1]} pixels needs {tokens} visual "
+                             f"tokens, above the limit of {self.max_visual_tokens}.")
         return size
 
     def shared_limit(self, sizes):
@@ -212,9 +219,10 @@ class Processor:
         def tokens(limit):                       # and two more that stand around each image
             return sum(self.visual_tokens(size, limit) + 2 for size in sizes)
 
-        room, limit, token = int((1 - TEXT_SHARE) * self.max_tokens), self.max_pixels, self.factor ** 2
+        room, limit = int((1 - TEXT_SHARE) * self.max_tokens), self.max_pixels
         if len(sizes) < 2 or tokens(limit) <= room:
             return limit
+        token = self.factor ** 2                 # in pixels; all limits, from the largest:
         limits = [*range(limit // token * token, self.min_pixels, -token), self.min_pixels]
         at = bisect.bisect_left(limits, -room, key=lambda limit: -tokens(limit))
         return limits[min(at, len(limits) - 1)]
@@ -265,8 +273,8 @@ class Processor:
             ids = [] if longest is None else runs[longest][0]
             room = min(excess, len(ids) - len(self.header) - 1)      # "user\n" stays
             if room <= 0:
-                raise BadSample(f"{where} is {excess} tokens above the cap of {cap} even without its "
-                                "text.")
+                raise BadSample(f"{where} is {excess} tokens above the cap of {cap} even without "
+                                "its text.")
             runs[longest][0] = ids[:len(ids) - room]
             runs[longest + 1][1] = False         # a cut answer must not teach to stop there
             excess -= room
@@ -275,12 +283,13 @@ class Processor:
     def layout(self, sample, add_generation_prompt):
         """-> the runs within the caps, the tokens that went for it, and the limit of an image."""
         where = sample.where or sample.id
+        cap = self.max_tokens if sample.images else self.max_text_tokens
         with located(where):
-            sizes = [self.size(image, f"image {k + 1}") for k, image in enumerate(sample.images)]
+            sizes = [self.size(x, name) for x, name in zip(sample.images, image_names(sample))]
         limit = self.shared_limit(sizes)
         visual = [self.visual_tokens(size, limit) for size in sizes]
         runs = self.runs(sample, visual, add_generation_prompt)
-        return runs, self.shorten(runs, self.max_tokens if sizes else self.max_text_tokens, where), limit
+        return runs, self.shorten(runs, cap, where), limit
 
     def length(self, sample, add_generation_prompt=False):
         """The number of tokens encode() will make, without decoding a pixel. Raises BadSample."""
@@ -290,8 +299,8 @@ class Processor:
         """Sample -> Encoded, within the caps. Raises BadSample."""
         runs, cut, limit = self.layout(sample, add_generation_prompt)
         with located(sample.where or sample.id):
-            images = [self.patches(x, limit, None if isinstance(x, (str, Path)) else f"image {k + 1}")
-                      for k, x in enumerate(sample.images)]
+            images = [self.patches(image, limit, name)
+                      for image, name in zip(sample.images, image_names(sample))]
         ids = torch.tensor([i for ids, *_ in runs for i in ids])                          # (T,)
         learn = torch.tensor([learn for ids, learn, _ in runs for _ in ids])              # (T,)
         pixels = torch.from_numpy(np.concatenate([x for x, _ in images])) if images else None
@@ -548,7 +557,8 @@ def check(path):
     for source, i in ((source, i) for source in sources for i in range(len(source))):
         try:
             sample = source[i]
-            if sample.chosen is None and sample.messages[-1]["role"] not in ("assistant", "document"):
+            last = "assistant" if sample.chosen is not None else sample.messages[-1]["role"]
+            if last not in ("assistant", "document"):
                 raise BadSample(f"{sample.where} ends without an answer: it teaches nothing.")
             with located(sample.where):
                 for file in sample.images:

@@ -16,17 +16,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# Samples by source, by which a recipe may name its sources instead of giving weights. Sources on one
-# line share its samples in proportion to their sizes.
+# Samples by source: a recipe that uses these names needs no weights. Names that stand together share
+# their samples in proportion to their sizes.
 TABLE12 = {"fineweb-edu": 600_000, "dclm": 200_000, "grit": 200_000, "llava-onevision": 100_000,
            "cambrian-ocr": 80_000, "sharegpt-4o": 50_000, "synthdog": 50_000,
            "benchmark-train": 50_000, "obelics": 10_000}
 MIXTURES = {
     "distill": TABLE12,
-    "sft": {"cambrian": 200_000, "llava-onevision": 125_000, "sharegpt-4o": 75_000,           # App. C.4
+    "sft": {"cambrian": 200_000, "llava-onevision": 125_000, "sharegpt-4o": 75_000,     # App. C.4
             "benchmark-train scienceqa mathv360k": 75_000,
             "ultrachat magpie-pro lima slimorca": 25_000},
-    "dpo": {"mmpr": 100_000, "vlfeedback": 25_000, "ultrafeedback": 15_000, "rlhf-v": 10_000}}  # C.5
+    "dpo": {"mmpr": 100_000, "vlfeedback": 25_000, "ultrafeedback": 15_000,             # App. C.5
+            "rlhf-v": 10_000}}
 
 ROLES = ("system", "user", "assistant", "document")
 # Columns by which published pairs say how good their answers are.
@@ -65,7 +66,7 @@ class Sample:
     BadSample on what the template has no place for."""
     id: str
     messages: list
-    images: list = field(default_factory=list)   # paths or PIL images; length() takes (width, height)
+    images: list = field(default_factory=list)   # paths, PIL images; for length() (width, height)
     source: str = ""                             # which data set, for the log
     chosen: list | None = None
     rejected: list | None = None
@@ -82,7 +83,7 @@ class Sample:
             role, parts = message["role"], message["content"]
             if role not in ROLES:
                 return f"the unknown role {role!r:.40}"
-            if not isinstance(parts, list) or not all(p["type"] == "image" or is_text(p) for p in parts):
+            if not isinstance(parts, list) or any(p["type"] != "image" and not is_text(p) for p in parts):
                 return "a content part that is neither text nor image"
             shown = sum(part["type"] == "image" for part in parts)
             if shown and role in ("system", "assistant"):
@@ -119,10 +120,10 @@ def texts(string):
 
 
 def conversation(turns, images, separator="\n"):
-    """[(role, text or content)] -> messages. In a user's text each <image> stands for one of `images`;
-    if no turn shows any, the first user's turn shows all, before its text. Without images <image> is
-    text, but refused where the marker of a lost image would stand. A `separator` beside a marker is no
-    text: LLaVA puts a line break between image and question."""
+    """[(role, text or content)] -> messages. In a user's text each <image> stands for one of
+    `images`; if no turn shows any, the first user's turn shows all, before its text. Without images
+    <image> is text, but refused where the marker of a lost image would stand. A `separator` beside a
+    marker is no text: LLaVA puts a line break between image and question."""
     messages = []
     for role, content in turns:
         if isinstance(content, str) and role == "user" and images:
@@ -169,9 +170,9 @@ def check_fields(fields, types, what, required=()):
 # ---- Readers: the fields of one line -> the fields of a Sample -----------------------------------
 
 def read_messages(row):
-    """The native format, where text is in parts and only text; and Qwen's and LLaMA-Factory's, where
-    content is a string with <image> markers, or an image part carries its own path. UltraChat-200k
-    repeats its prompt."""
+    """The native format, where text is in parts and only text; and Qwen's and LLaMA-Factory's,
+    where content is a string with <image> markers, or an image part carries its own path.
+    UltraChat-200k repeats its prompt."""
     known = "id source images messages chosen rejected prompt prompt_id".split()
     check_fields(row, dict.fromkeys(known, object), "the sample")
     images, turns = list(as_list(row.get("images"))), []
@@ -243,7 +244,8 @@ def read_ultrafeedback(row):
     """UltraFeedback, binarised: two conversations that differ in their last message."""
     chosen, rejected = (conversation([(m["role"], m["content"]) for m in row[key]], [])
                         for key in ("chosen", "rejected"))
-    if chosen[:-1] != rejected[:-1] or not chosen[-1]["role"] == rejected[-1]["role"] == "assistant":
+    roles = {chosen[-1]["role"], rejected[-1]["role"]}
+    if chosen[:-1] != rejected[:-1] or roles != {"assistant"}:
         raise ValueError("chosen and rejected are not two answers to one prompt")
     return dict(messages=chosen[:-1], chosen=chosen[-1]["content"],
                 rejected=rejected[-1]["content"])
@@ -252,7 +254,8 @@ def read_ultrafeedback(row):
 def read_interleaved(row):
     """OBELICS: two lists of one length, with a text or an image (here a path) at each place."""
     parts, images = [], []
-    check_fields({"texts": row["texts"], "images": row["images"]}, {"texts": list, "images": list}, "the sample")
+    check_fields({key: row[key] for key in ("texts", "images")}, {"texts": list, "images": list},
+                 "the sample")
     for text, image in zip(row["texts"], row["images"], strict=True):
         parts += ([{"type": "image"}] if image else []) + (texts(text) if text else [])
         images += [image] if image else []
@@ -266,7 +269,7 @@ def one_question(row, question, answer):
 
 
 def read_vqa(row):
-    """DocVQA, TextVQA, InfoVQA: a question and its accepted answers, of which the first is taken."""
+    """DocVQA, TextVQA, InfoVQA: a question and its accepted answers; the first is taken."""
     answers = as_list(row.get("answers")) or as_list(row["answer"])
     return one_question(row, row["question"], answers[0])
 
@@ -295,8 +298,8 @@ def read_synthdog(row):
 
 
 def read_grit(row):
-    """GRIT: a caption, and where its phrases are in the image: [from, to, x0, y0, x1, y1, confidence],
-    from and to in characters, corners in parts of the image. Qwen3-VL's boxes are in thousandths."""
+    """GRIT: a caption, and where its phrases are: [from, to, x0, y0, x1, y1, confidence], from and to
+    in characters, corners in parts of the image. Qwen3-VL's boxes are in thousandths."""
     boxes = []
     for start, end, *corners, _ in sorted(row.get("ref_exps") or row["noun_chunks"]):
         label = row["caption"][int(start):int(end)]
@@ -352,8 +355,8 @@ def to_sample(row, folder, where, source):
         images = fields.get("images", [])
         for image in images:
             if image.lower().startswith(("http:", "https:", "data:")):
-                raise BadSample(f"{where} has an image by its address ({image[:80]}): download it and "
-                                "give its path.")
+                raise BadSample(f"{where} has an image by its address ({image[:80]}): download it "
+                                "and give its path.")
         # A column of pictures that its reader passed over would be lost in silence.
         pictures = [i for column in ("image", "images") for i in as_list(row.get(column)) if i]
         if row.get("videos") or row.get("video") or pictures and not images:
@@ -363,15 +366,16 @@ def to_sample(row, folder, where, source):
                                    or any(not float(x) > float(y) for x, y in scores)):
             raise NoPreference("has a chosen answer that is no better than the rejected one")
         fields["images"] = [str(folder / image.removeprefix("file://")) for image in images]
-        name = row.get("id") if read is read_messages else None  # published ids repeat, lines do not
-        return Sample(str(name or where), source=str(row.get("source") or source), where=where, **fields)
+        name = read is read_messages and row.get("id") or where    # published ids repeat
+        source = str(row.get("source") or source)
+        return Sample(str(name), source=source, where=where, **fields)
     except NoPreference as error:
         raise NoPreference(f"{where} {error}.") from None
     except BadSample:
         raise
     except KeyError as error:
         raise BadSample(f"{where} has no field {error}, or it holds an unknown value.") from None
-    except Exception as error:                   # whatever a reader stumbles over is the line's fault
+    except Exception as error:               # whatever a reader stumbles over is the line's fault
         raise BadSample(f"{where} is malformed: {error or type(error).__name__}.") from None
 
 
@@ -387,15 +391,15 @@ def parse_json(raw, where):
 
 class JSONL:
     """A file of samples as a sequence that reads a line when asked for it; one pass at the start
-    finds the lines. Also a .json file that is one list, as LLaVA's and LLaMA-Factory's are; that one
-    is kept in memory. Image paths are relative to the file's folder, or to `images`. Raises BadSample
-    on reading a bad line, ValueError for a parquet file."""
+    finds the lines. Also a .json file that is one list, as LLaVA's is, which is kept in memory. Image
+    paths are relative to the file's folder, or to `images`. Raises BadSample on reading a bad line,
+    ValueError for a parquet file."""
 
     def __init__(self, path, source=None, images=None):
         self.path, self.rows, self.folder = Path(path), None, Path(images or Path(path).parent)
         self.source = source or self.path.stem
         if self.path.suffix == ".parquet":
-            raise ValueError(f"{path} is parquet; first run `python data.py convert {path} FOLDER`.")
+            raise ValueError(f"{path} is parquet; first run `python data.py convert {path} DIR`.")
         with open(self.path, "rb") as file:
             if file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
                 self.rows = parse_json(self.path.read_bytes(), path)
@@ -429,17 +433,18 @@ def read_recipe(path):
     """{"sources": [{"name", "path", "weight", "images"}], "mixture", "samples", "seed"}
     -> {name: JSONL}, {name: weight}, samples (None if not given), seed. Raises ValueError.
 
-    Paths are relative to the recipe's folder; `images` is where those of a source lie, if not beside
-    its file. A weight is a share in samples; without one it is that of the mixture, "distill" (Table
-    12, the default), "sft" (App. C.4) or "dpo" (C.5), if the name is there, or the source's size."""
+    Paths are relative to the recipe's folder; `images` is where those of a source lie, if not
+    beside its file. A weight is a share in samples; without one it is that of the mixture, "distill"
+    (the default), "sft" or "dpo", if the name is there, or the source's size."""
     path = Path(path)
     recipe = parse_json(path.read_bytes(), path)
     check_fields(recipe, {"sources": list, "mixture": str, "samples": int, "seed": int}, path,
                  required=("sources",))
     mixture, samples = recipe.get("mixture", "distill"), recipe.get("samples")
-    if mixture not in MIXTURES or not recipe["sources"] or not 0 < recipe.get("samples", 1) <= 10 ** 9:
-        raise ValueError(f"{path} needs sources, a mixture of {', '.join(MIXTURES)}, and samples as a "
-                         "number from 1 to 1,000,000,000.")
+    fits = recipe["sources"] and mixture in MIXTURES and 0 < recipe.get("samples", 1) <= 10 ** 9
+    if not fits:
+        raise ValueError(f"{path} needs sources, a mixture of {', '.join(MIXTURES)}, and samples as "
+                         "a number from 1 to 1,000,000,000.")
     sources, given = {}, {}
     for entry in recipe["sources"]:
         check_fields(entry, {"name": str, "path": str, "images": str, "weight": (int, float)}, path,
@@ -454,8 +459,8 @@ def read_recipe(path):
             raise ValueError(f"{path}: the source {name}: {error}") from None
         given[name] = entry.get("weight", len(sources[name]))
         if not 0 < given[name] < 1e15:
-            raise ValueError(f"{path}: the source {name} has {len(sources[name])} samples and the weight "
-                             f"{given[name]!r:.40}; both must be above 0.")
+            raise ValueError(f"{path}: the source {name} has {len(sources[name])} samples and the "
+                             f"weight {given[name]!r:.40}; both must be above 0.")
     shared = {entry["name"] for entry in recipe["sources"] if "weight" not in entry}
     for names, weight in MIXTURES[mixture].items():
         group = shared & set(names.split())
@@ -472,15 +477,15 @@ def is_image(raw, whole):
             if whole:
                 image.load()
         return True
-    except Exception:                                        # nearly any: see data.reading
+    except Exception:                                        # nearly any: see parts/images.py
         return False
 
 
 def convert(paths, folder):
-    """Parquet files -> folder/data.jsonl and image files beside it. {"bytes", "path"} is an image, as
-    columns of images are stored; mere bytes are one if they decode as one, or else must be text. A
-    field that is empty is left out of what it is nested in: parquet gives every part of a message all
-    parts' fields. Raises ValueError, OSError, ImportError."""
+    """Parquet files -> folder/data.jsonl and image files beside it. {"bytes", "path"} is an image,
+    as columns of images are stored; mere bytes are one if they decode as one, or else must be text.
+    A field that is empty is left out of what it is nested in: parquet gives every part of a message
+    all parts' fields. Raises ValueError, OSError, ImportError."""
     import pyarrow.parquet
     folder, count = Path(folder), 0
     (folder / "images").mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Pictures of any kind -> RGB with their tones kept: training and evaluation open them by this door.
+"""Pictures of any kind -> RGB with their tones kept: the one door for training and evaluation.
 
 Pillow reads 16-bit greys, but shows nearly all of them white when it converts them; numbers of 32
 bits, signed ones and floats it cuts off at 0 and 255. Here the former keep their tones, and the
@@ -7,6 +7,7 @@ ValueError of one sentence with the picture's name.
 """
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -57,7 +58,7 @@ def tone_range(image, name):
 
 def open_image(source, name=None):
     """A path or an open file, its header read and checked, nothing decoded."""
-    name = name or str(source)
+    name = name or (str(source) if isinstance(source, (str, Path)) else "the image")
     with reading(name):
         image = Image.open(source)
     check_size(*image.size, name)
@@ -85,8 +86,9 @@ def read_image(source, name=None, on_white=True):
 
     Like transformers, turns a file upright by its EXIF orientation and takes a PIL image as it is.
     Of an animation the first frame counts."""
-    is_file, name = not isinstance(source, Image.Image), name or str(source)
+    is_file = not isinstance(source, Image.Image)
     image = open_image(source, name) if is_file else source
+    name = name or (str(source) if isinstance(source, (str, Path)) else "the image")
     tones = tone_range(image, name)
     with reading(name):
         return flattened(ImageOps.exif_transpose(image) if is_file else image, tones, on_white)

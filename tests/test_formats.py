@@ -3,7 +3,9 @@ import copy
 import io
 import json
 import random
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -323,6 +325,18 @@ def test_the_mixtures_of_c4_and_c5_are_known_by_name(tmp_path):
     mixture = data.read_data(tmp_path / "mix.json")
     assert dict(zip(mixture.names, mixture.quota)) == dict(
         cambrian=200_000, scienceqa=75_000, mathv360k=55, lima=25_000, mine=5)
+
+
+def test_the_recipes_of_the_docs_name_what_their_mixture_knows():
+    pages = (Path(data.__file__).parent / "docs" / "recipes.md").read_text()
+    recipes = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", pages, re.S)]
+    assert [recipe["mixture"] for recipe in recipes] == ["distill", "dpo"]
+    for recipe in recipes:
+        mixture = MIXTURES[recipe["mixture"]]
+        assert recipe["samples"] == sum(mixture.values())
+        assert [source["name"] for source in recipe["sources"]] == list(mixture)
+    for names in MIXTURES["sft"]:
+        assert all(f"`{name}`" in pages for name in names.split())
 
 
 @pytest.mark.parametrize("change, complaint", [
