@@ -91,11 +91,6 @@ def located(where):
         raise BadSample(f"{where}: {error}") from None
 
 
-def image_names(sample):
-    return [str(image) if isinstance(image, (str, Path)) else f"image {k + 1}"
-            for k, image in enumerate(sample.images)]
-
-
 def smart_resize(height, width, factor, min_pixels, max_pixels):
     """Qwen's target size: sides are multiples of `factor`, the area within bounds, the shape nearly
     kept."""
@@ -181,12 +176,11 @@ class Processor:
         return smart_resize(size[1], size[0], self.factor, self.min_pixels, max_pixels)
 
     def visual_tokens(self, size, max_pixels):
-        h, w = self.target(size, max_pixels)
-        return h * w // self.factor ** 2
+        return math.prod(self.target(size, max_pixels)) // self.factor ** 2
 
-    def patches(self, source, max_pixels=None, name=None):
+    def patches(self, source, max_pixels=None):
         """Path or PIL image -> pixels (n, C·t·p·p) float32 by merge block, grid [1, gh, gw]."""
-        image = read_image(source, name)
+        image = read_image(source)
         h, w = self.target(image.size, max_pixels or self.max_pixels)
         image = image.resize((w, h), Image.Resampling.BICUBIC)
         p, m, gh, gw = self.patch, self.merge, h // self.patch, w // self.patch
@@ -197,14 +191,14 @@ class Processor:
             pixels[:, c] = self.table[c][x[:, c]]            # a still picture fills all t frames
         return pixels.reshape(gh * gw, -1), [1, gh, gw]
 
-    def size(self, image, name):
+    def size(self, image):
         """(width, height) of a path, a PIL image or a (width, height), from the header alone."""
+        size, name = getattr(image, "size", image), "the image"
         if isinstance(image, (str, Path)):
+            name = str(image)
             with open_image(image) as file:
                 size = file.size
-        else:
-            size = image if isinstance(image, tuple) else image.size
-            check_size(*size, name)
+        check_size(*size, name)
         tokens = self.visual_tokens(size, self.max_pixels)
         if tokens > self.max_visual_tokens:      # a strip: its short side has one token at least
             raise ValueError(f"{name} with {size[0]} x {size[1]} pixels needs {tokens} visual "
@@ -212,10 +206,11 @@ class Processor:
         return size
 
     def shared_limit(self, sizes):
-        """The pixels that each image of a sample may have. The caps are on the whole sample (App.
-        C.3): several images that together would take more than 1 - TEXT_SHARE of MAX_TOKENS get one
-        lower limit, the largest at which they do not. It does not depend on the text, so that a
-        prompt shows the same image whatever its answer."""
+        """The pixels that each image of a sample may have: the cap is on the whole sample (C.3), so
+        several images that would take more than 1 - TEXT_SHARE of it get one lower limit, the
+        largest at which they do not. A single image has its own limit, MAX_VISUAL_TOKENS.
+
+        The text does not enter, or a prompt would show other images with another answer."""
         def tokens(limit):                       # and two more that stand around each image
             return sum(self.visual_tokens(size, limit) + 2 for size in sizes)
 
@@ -285,7 +280,7 @@ class Processor:
         where = sample.where or sample.id
         cap = self.max_tokens if sample.images else self.max_text_tokens
         with located(where):
-            sizes = [self.size(x, name) for x, name in zip(sample.images, image_names(sample))]
+            sizes = [self.size(image) for image in sample.images]
         limit = self.shared_limit(sizes)
         visual = [self.visual_tokens(size, limit) for size in sizes]
         runs = self.runs(sample, visual, add_generation_prompt)
@@ -299,8 +294,7 @@ class Processor:
         """Sample -> Encoded, within the caps. Raises BadSample."""
         runs, cut, limit = self.layout(sample, add_generation_prompt)
         with located(sample.where or sample.id):
-            images = [self.patches(image, limit, name)
-                      for image, name in zip(sample.images, image_names(sample))]
+            images = [self.patches(image, limit) for image in sample.images]
         ids = torch.tensor([i for ids, *_ in runs for i in ids])                          # (T,)
         learn = torch.tensor([learn for ids, learn, _ in runs for _ in ids])              # (T,)
         pixels = torch.from_numpy(np.concatenate([x for x, _ in images])) if images else None
@@ -311,7 +305,7 @@ class Processor:
 
 
 def encode_rows(processor, sample):
-    """Sample -> list of Encoded: one, or a pair's two, which supervise only the answer that differs.
+    """Sample -> list of Encoded: one, or a pair's two, supervised only where their answers differ.
     Raises BadSample; NoPreference if the caps cut the prompts of a pair to different lengths."""
     rows = [processor.encode(row) for row in sample.rows()]
     if len(rows) == 2:
@@ -360,18 +354,14 @@ def order(n, seed, epoch):
 
 
 class Mixture:
-    """Several sequences of samples as one, in exact proportions (to rounding). An epoch has `samples`
-    slots, by default as many as all sources hold; a source that is too small comes round again in a
-    new order, and of one that is too large the next epoch takes the next part. Index epoch * len +
-    slot is that epoch's sample in the slot. The slots of a source are neighbours; Plan permutes."""
+    """Several sequences of samples as one, in exact proportions (to rounding). An epoch has
+    `samples` slots, by default as many as all sources hold; a source that is too small comes round
+    again in a new order, and of one that is too large the next epoch takes the next part. Index
+    epoch * len + slot is an epoch's sample in the slot. A source's slots are neighbours."""
     endless = True
 
     def __init__(self, sources, weights, samples=None, seed=0):
         self.sources, self.names, self.seed = sources, list(sources), seed     # {name: sequence}
-        for name, source in sources.items():
-            if not len(source) or not weights[name] > 0:
-                raise ValueError(f"source {name} has {len(source)} samples and the weight "
-                                 f"{weights[name]}; both must be above 0.")
         samples = samples or sum(map(len, sources.values()))
         exact = [samples * weights[name] / sum(weights.values()) for name in sources]
         self.quota = [math.floor(share) for share in exact]
@@ -413,8 +403,8 @@ def read_data(path):
 # ---- Batches: which samples make a step, cut into micro-batches, and loaded ----------------------
 
 class BadSamples:
-    """What becomes of samples that cannot be used. Without `skip` the first one ends the run. With it
-    they are left out and counted; more than `limit` of all (`grace` at least) end the run."""
+    """What becomes of samples that cannot be used. Without `skip` the first one ends the run. With
+    it they are left out and counted; more than `limit` of all (`grace` at least) end the run."""
 
     def __init__(self, skip=False, limit=0.001, grace=10_000):
         self.skip, self.limit, self.grace = skip, limit, grace
@@ -460,20 +450,19 @@ def pack(batch, micro_tokens, world):
 
 
 def fetch(dataset, draw):
-    """The sample of a draw. A dataset with `endless = True` has other samples in later epochs and is
-    given the draw itself."""
+    """The sample of a draw. A dataset with `endless = True` has other samples in later epochs, and
+    is given the draw itself."""
     return dataset[draw if getattr(dataset, "endless", False) else draw % len(dataset)]
 
 
 class Plan:
-    """Which samples make each step: an endless iterable of Micro for one rank, and a pure function of
-    (seed, cursor).
+    """Which samples make each step: an endless iterable of Micro for one rank, a pure function of
+    (seed, cursor). Raises BadSample as `bad` decides, ValueError for an empty data set.
 
     A step takes the next samples of the order until all ranks together have `batch_tokens` tokens;
     rank, world and workers do not enter. Every rank computes this and takes each world-th
     micro-batch, so that what runs at one time is of like length. A sample whose length cannot be
-    told is no part of the step; one that fails in decoding is absent from its micro-batch. Both are
-    the same in every run. Raises BadSample as `bad` decides, ValueError for an empty data set."""
+    told is no part of the step, one that fails in decoding is absent from it: in every run alike."""
 
     def __init__(self, dataset, processor, seed, batch_tokens, micro_tokens, rank=0, world=1,
                  cursor=None, bad=None):
@@ -551,7 +540,7 @@ def loader(dataset, processor, plan, workers=0, pin_memory=False):
 # ---- Commands ------------------------------------------------------------------------------------
 
 def check(path):
-    """Reads every line and every image's header, prints the first complaints; -> how many are bad."""
+    """Reads every line and image header, prints the first complaints; -> how many are bad."""
     data, bad = read_data(path), 0
     sources = [*data.sources.values()] if isinstance(data, Mixture) else [data]
     for source, i in ((source, i) for source in sources for i in range(len(source))):

@@ -30,9 +30,8 @@ MIXTURES = {
             "rlhf-v": 10_000}}
 
 ROLES = ("system", "user", "assistant", "document")
-# Columns by which published pairs say how good their answers are.
-SCORES = [("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"),
-          ("chosen-rating", "rejected-rating"), ("chosen_rating", "rejected_rating")]
+# Columns by which published pairs say how good an answer is, with "rejected" in place of "chosen".
+SCORES = ("score_chosen", "chosen_score", "chosen-rating", "chosen_rating")
 
 
 class BadSample(Exception):
@@ -50,6 +49,10 @@ class NoPreference(BadSample):
 
 def is_text(part):
     return part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def is_part(part):
+    return part["type"] == "image" or is_text(part)
 
 
 def is_unicode(text):
@@ -83,7 +86,7 @@ class Sample:
             role, parts = message["role"], message["content"]
             if role not in ROLES:
                 return f"the unknown role {role!r:.40}"
-            if not isinstance(parts, list) or any(p["type"] != "image" and not is_text(p) for p in parts):
+            if not isinstance(parts, list) or not all(map(is_part, parts)):
                 return "a content part that is neither text nor image"
             shown = sum(part["type"] == "image" for part in parts)
             if shown and role in ("system", "assistant"):
@@ -193,22 +196,18 @@ def read_messages(row):
 
 def read_llava(row):
     """LLaVA's {"from", "value"}: LLaVA-OneVision, Cambrian, ShareGPT-4o, MathV360K, Magpie-Pro,
-    SlimOrca, and LLaMA-Factory's pairs; LIMA's turns are mere strings."""
+    SlimOrca, LLaMA-Factory's pairs; the turns of LIMA and the first UltraChat are mere strings."""
     roles = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES[:3]}
     turns = [("system", row["system"])] if row.get("system") else []
-    if isinstance(row["conversations"][0], str):
-        turns += alternating(row["conversations"])
+    given = row["conversations"] if "conversations" in row else row["data"]
+    if isinstance(given[0], str):
+        turns += alternating(given)
     else:
-        turns += [(roles[turn["from"]], turn["value"]) for turn in row["conversations"]]
+        turns += [(roles[turn["from"]], turn["value"]) for turn in given]
     answers = {key: texts(row[key]["value"]) for key in ("chosen", "rejected")
                if row.get(key) is not None}
     images = as_list(row.get("image")) or as_list(row.get("images"))
     return dict(messages=conversation(turns, images), images=images, **answers)
-
-
-def read_ultrachat(row):
-    """UltraChat before it was filtered: questions and answers in turn."""
-    return dict(messages=conversation(alternating(row["data"]), []))
 
 
 def read_mmpr(row):
@@ -338,7 +337,7 @@ FORMATS = [
     ({"text", "image"}, read_rlhfv),
     ({"text", "image_path"}, read_rlhfv),
     ({"texts", "images"}, read_interleaved),
-    ({"data"}, read_ultrachat),
+    ({"data"}, read_llava),
     ({"text"}, read_text),
 ]
 
@@ -361,9 +360,9 @@ def to_sample(row, folder, where, source):
         pictures = [i for column in ("image", "images") for i in as_list(row.get(column)) if i]
         if row.get("videos") or row.get("video") or pictures and not images:
             raise BadSample(f"{where} has images or videos that its format has no place for.")
-        scores = [(row[x], row[y]) for x, y in SCORES if None not in (row.get(x), row.get(y))]
-        if "chosen" in fields and (fields["chosen"] == fields.get("rejected")
-                                   or any(not float(x) > float(y) for x, y in scores)):
+        scores = [(row.get(x), row.get(x.replace("chosen", "rejected"))) for x in SCORES]
+        better = all(float(x) > float(y) for x, y in scores if None not in (x, y))
+        if "chosen" in fields and (fields["chosen"] == fields.get("rejected") or not better):
             raise NoPreference("has a chosen answer that is no better than the rejected one")
         fields["images"] = [str(folder / image.removeprefix("file://")) for image in images]
         name = read is read_messages and row.get("id") or where    # published ids repeat

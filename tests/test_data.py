@@ -277,7 +277,7 @@ def test_an_image_in_memory_keeps_its_tones_too(processor):
     grey = processor.patches(Image.new("L", (32, 32), 78))[0]
     assert np.array_equal(processor.patches(image)[0], grey)
     for mode in ("I", "F"):
-        with pytest.raises(BadSample, match=f"^a: image 1 has tones of mode {mode}"):
+        with pytest.raises(BadSample, match=f"^a: the image has tones of mode {mode}"):
             processor.encode(Sample("a", [turn("user", IMAGE)], [Image.new(mode, (32, 32))]))
 
 
@@ -348,7 +348,7 @@ def test_several_images_shrink_together_until_they_fit(folder, oracle, sizes, wo
 def test_images_that_fit_and_a_single_image_are_left_as_they_are(folder, oracle):
     """Also a single image that leaves its text less than a quarter."""
     small = Processor(folder, max_tokens=1000)
-    for sizes in ([(400, 400)], [(470, 400)], [(300, 300)] * 2, [(200, 200)] * 4):
+    for sizes in ([(400, 400)], [(470, 470)], [(300, 300)] * 2, [(200, 200)] * 4):
         images = [picture(*size, seed=k) for k, size in enumerate(sizes)]
         sample = Sample("a", [turn("user", *[IMAGE] * len(images), "read " * 900)], images)
         theirs = oracle_at(oracle, images, 2500 * 256)
