@@ -140,7 +140,7 @@ def lockstep(teacher, student, replaced, e, mask, align="residual", feed="teache
             r_next, o_t, _ = teacher_layer(r, mask, e.rope)
         s_next, o_s = r_next, o_t
         if feed == "own":                                 # one graph through all layers
-            s_next, o_s, _ = student.through(student_layer, s, mask, e.rope)
+            s_next, o_s, _ = student.run_layer(student_layer, s, mask, e.rope)
         elif i in replaced:
             s_next, o_s, _ = student_layer(r, mask, e.rope)
         if i in replaced:
@@ -166,7 +166,7 @@ def fisher_scores(teacher, replaced, e, mask, labels):
     with torch.enable_grad():
         r, streams = e.x.detach().requires_grad_(), []
         for i, layer in enumerate(teacher.layers):
-            r = teacher.through(layer, r, mask, e.rope)[0]
+            r = teacher.run_layer(layer, r, mask, e.rope)[0]
             if i in replaced:
                 streams.append(r)
             if i < len(e.deepstack):

@@ -27,133 +27,21 @@ N visual patches (here) or state dim (in mixers), V vocabulary.
 """
 import copy
 import importlib.util
-import json
-import os
-import re
-import shutil
 import sys
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import safe_open
-from safetensors.torch import save_file
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
-# ---------------------------------------------------------------------------------------------------------
-# Configuration: field names are those of config.json
-
-
-@dataclass
-class TextConfig:
-    vocab_size: int = 151936
-    hidden_size: int = 4096                  # D
-    intermediate_size: int = 12288
-    num_hidden_layers: int = 36
-    num_attention_heads: int = 32            # H
-    num_key_value_heads: int = 8             # G
-    head_dim: int = 128                      # P
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 5e6
-    mrope_section: list = field(default_factory=lambda: [24, 20, 20])     # frequencies of T, H, W
-    max_position_embeddings: int = 262144
-
-
-@dataclass
-class VisionConfig:
-    depth: int = 27
-    hidden_size: int = 1152
-    intermediate_size: int = 4304
-    num_heads: int = 16
-    patch_size: int = 16
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
-    out_hidden_size: int = 4096
-    num_position_embeddings: int = 2304
-    deepstack_visual_indexes: list = field(default_factory=lambda: [8, 16, 24])
-    in_channels: int = 3
-
-
-@dataclass
-class Config:
-    text: TextConfig = field(default_factory=TextConfig)
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    image_token_id: int = 151655
-    video_token_id: int = 151656
-    vision_start_token_id: int = 151652
-    vision_end_token_id: int = 151653
-    tie_word_embeddings: bool = False
-    eos_token_id: list = field(default_factory=lambda: [151645, 151643])
-    hybrid: Optional[dict] = None            # {"mixer": word or FILE.py:CLASS, "layers": replaced layers (S)}
-
-    @classmethod
-    def from_folder(cls, folder):
-        """Reads config.json; the rope settings may be spelled `rope_scaling` or `rope_parameters`."""
-        path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
-        raw = json.loads(path.read_text())
-        if raw.get("model_type") != "qwen3_vl":
-            raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}, but only the dense qwen3_vl is "
-                             "implemented")
-        text, vision = dict(raw["text_config"]), dict(raw["vision_config"])
-        rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "mrope"):
-            raise ValueError(f"{path}: rope_type {kind!r} is not implemented (only the default, unscaled one)")
-        text.update({k: rope[k] for k in ("rope_theta", "mrope_section") if k in rope})
-        for part, key, ours in ((text, "hidden_act", "silu"), (text, "attention_bias", False),
-                                (vision, "hidden_act", "gelu_pytorch_tanh")):
-            if part.get(key, ours) != ours:
-                raise ValueError(f"{path}: {key} is {part[key]!r}, but only {ours!r} is implemented")
-        known = {f.name for f in fields(cls)} - {"text", "vision"}
-        top = {k: v for k, v in raw.items() if k in known and v is not None}
-        top.setdefault("tie_word_embeddings", text.get("tie_word_embeddings", False))
-        eos = top.get("eos_token_id", text.get("eos_token_id", cls().eos_token_id))
-        if (generation := Path(folder) / "generation_config.json").is_file():
-            stored = json.loads(generation.read_text()).get("eos_token_id")
-            eos = eos if stored is None else stored
-        top["eos_token_id"] = [eos] if isinstance(eos, int) else list(eos or [])
-
-        def pick(kind, values):
-            return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
-        return cls(text=pick(TextConfig, text), vision=pick(VisionConfig, vision), **top)
-
-    def to_json(self):
-        text, top = asdict(self.text), asdict(self)
-        text["rope_parameters"] = dict(rope_type="default", rope_theta=text["rope_theta"], mrope_interleaved=True,
-                                       mrope_section=text.pop("mrope_section"))
-        text["rope_scaling"] = {k: v for k, v in text["rope_parameters"].items() if k != "rope_theta"}
-        text.update(model_type="qwen3_vl_text", hidden_act="silu", attention_bias=False,
-                    tie_word_embeddings=self.tie_word_embeddings)
-        vision = {**top.pop("vision"), "model_type": "qwen3_vl", "hidden_act": "gelu_pytorch_tanh"}
-        top.pop("text")
-        if self.hybrid is None:
-            top.pop("hybrid")
-        kind = "Qwen3VLForConditionalGeneration" if self.hybrid is None else "Qwen3VLHybrid"
-        return dict(architectures=[kind], model_type="qwen3_vl", text_config=text, vision_config=vision, **top)
-
-
-def device_of(name="", here=True):
-    """The device of that name; without a name, cuda where there is one. Raises ValueError on a device that is not
-    here, or with here=False only on a name that is none."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise ValueError(f"--device {name} is unknown: say cuda or cpu") from None
-    if here and device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: this PyTorch sees no GPU")
-    return device
-
-
-def dtype_of(name, device):
-    """The dtype of that name; without a name, bfloat16 on cuda and float32 elsewhere."""
-    return getattr(torch, name or ("bfloat16" if torch.device(device).type == "cuda" else "float32"))
-
+from parts.checkpoint import copy_companions, device_of, dtype_of, find_tensors, read_weights, write_folder  # noqa: F401
+from parts.config import Config, TextConfig, VisionConfig, read_object  # noqa: F401
+from parts.decoding import FixedCache, KVCache, Replayed, append, attend_fixed  # noqa: F401
+from parts.fast import SwiGLU, norm_rotate, rms_norm, rotate
 
 # ---------------------------------------------------------------------------------------------------------
 # The vision tower: patches in, visual tokens out
@@ -163,16 +51,6 @@ class VisionOut(NamedTuple):
     tokens: torch.Tensor            # (visual tokens, D)  replace the placeholder embeddings
     deepstack: list                 # of (visual tokens, D), added after decoder layers 0, 1, 2, ...
     patches: torch.Tensor           # (patches, Dv)  last ViT block, before the merger: what density.py measures
-
-
-def rotate_half(x):
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((-b, a), dim=-1)
-
-
-def rotate(x, cos, sin):
-    """Half-split rotary embedding; cos and sin broadcast against x."""
-    return x * cos + rotate_half(x) * sin
 
 
 def block_order(h, w, m):
@@ -314,15 +192,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
-
-
-class KVCache(NamedTuple):
-    """Attention's state. The buffers have room to spare and are written in place: a state is used once."""
-    k: torch.Tensor                 # (B, G, capacity, P)
-    v: torch.Tensor                 # (B, G, capacity, P)
-    mask: Optional[torch.Tensor]    # (B, length) bool; None while nothing was ever padded
-    length: int
+        return rms_norm(x, self.weight, self.eps)         # in fp32, rounded, then times weight
 
 
 class Attention(nn.Module):
@@ -344,37 +214,22 @@ class Attention(nn.Module):
         q, k, v = (f(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)       # (B, H or G, T, P)
                    for f in (self.q_proj, self.k_proj, self.v_proj))
         cos, sin = (t[:, None] for t in rope)                                           # (B, 1, T, P)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        state = append(state, k, v, mask)
-        k, v = state.k[:, :, :state.length], state.v[:, :, :state.length]               # (B, G, S, P)
-        y = attend(q, k, v, state.mask)                                                 # (B, H, T, P)
+        q, k = (norm_rotate(t, norm.weight, cos, sin, norm.eps) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
+        if isinstance(state, FixedCache):                 # one step of a replayed decoding
+            y = attend_fixed(state, q, k, v)                                            # (B, H, 1, P)
+        else:
+            state = append(state, k, v, mask)
+            k, v = state.k[:, :, :state.length], state.v[:, :, :state.length]           # (B, G, S, P)
+            y = attend(q, k, v, state.mask)                                             # (B, H, T, P)
         return self.o_proj(y.transpose(1, 2).flatten(2)), state                         # (B, T, D)
-
-
-def append(state, k, v, mask):
-    """New keys and values at the end of the cache; it grows by an eighth, so decoding rarely copies."""
-    new = k.shape[2]
-    if state is None:
-        return KVCache(k, v, mask, new)
-    length, total = state.length, state.length + new
-    buffers = []
-    for old, fresh in ((state.k, k), (state.v, v)):
-        if old.shape[2] < total:
-            grown = old.new_empty(*old.shape[:2], total + max(256, total // 8), old.shape[3])
-            grown[:, :, :length] = old[:, :, :length]
-            old = grown
-        old[:, :, length:total] = fresh
-        buffers.append(old)
-    if mask is not None or state.mask is not None:
-        ones = torch.ones(len(k), 1, dtype=torch.bool, device=k.device)
-        mask = torch.cat([ones.expand(-1, length) if state.mask is None else state.mask,
-                          ones.expand(-1, new) if mask is None else mask], dim=1)
-    return KVCache(*buffers, mask, total)
 
 
 def attend(q, k, v, mask):
     """Causal grouped-query attention of the last T of S positions. q (B,H,T,P), k and v (B,G,S,P), mask (B,S)."""
     T, S, G = q.shape[2], k.shape[2], k.shape[1]
+    if mask is None and q.is_cuda and q.dtype.itemsize == 2:      # flash attention, which groups heads itself
+        causal = causal_lower_right(T, S) if 1 < T < S else None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal, is_causal=T == S > 1, enable_gqa=True)
     if T == 1:                                            # decode: the queries of a group share its keys
         see = None if mask is None else (mask | ~mask[:, -1:])[:, None, None, :]        # as below for padding
         y = F.scaled_dot_product_attention(q.view(len(q), G, -1, q.shape[3]), k, v, attn_mask=see)   # (B, G, H/G, P)
@@ -388,20 +243,6 @@ def attend(q, k, v, mask):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=see)
 
 
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, keeping its two inputs: autograd would keep silu(gate) too, a tenth of a training step's memory."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
-
-    @staticmethod
-    def backward(ctx, d):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(d * up, gate), d * F.silu(gate)
-
-
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -410,7 +251,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))         # silu(gate) * up
 
 
 class DecoderLayer(nn.Module):
@@ -534,7 +375,8 @@ class Qwen3VL(nn.Module):
         super().__init__()
         self.config = config
         self.folder, self.sampling = None, {}             # where it was loaded from; its generation_config
-        self.recompute = False                            # in training: keep only each layer's input (`through`)
+        self.replayed = None                              # the last decoding step that was captured (`start_decoding`)
+        self.recompute = False                            # in training: keep only each layer's input (`run_layer`)
         self.model = Backbone(config)
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -569,7 +411,7 @@ class Qwen3VL(nn.Module):
             deepstack = [torch.zeros_like(x).masked_scatter(at, f.to(x.dtype)) for f in vision.deepstack]
         return Embedded(x, deepstack, rope, next_position)
 
-    def through(self, layer, *inputs):
+    def run_layer(self, layer, *inputs):
         """A decoder layer's outputs. With `recompute`, what its backward pass needs is computed anew, not kept."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(layer, *inputs, use_reentrant=False)
@@ -590,7 +432,7 @@ class Qwen3VL(nn.Module):
         x, deepstack, rope, _ = self.embed(ids, mask, pixels, grids, vision)
         mask = causal_mask_needed(mask)
         for i, layer in enumerate(self.layers):
-            x = self.through(layer, x, mask, rope)[0]
+            x = self.run_layer(layer, x, mask, rope)[0]
             if i < len(deepstack):
                 x = x + deepstack[i]
         return self.norm(x)
@@ -625,19 +467,42 @@ class Qwen3VL(nn.Module):
         return self.lm_head(self.norm(h[:, 0])), states
 
     @torch.inference_mode()
+    def start_decoding(self, states, position, steps, graph=None):
+        """After `prefill`: -> a function tokens (B,) -> logits (B, V), for up to so many steps.
+
+        graph: on fixed buffers, on CUDA as one captured graph; the logits are then in a buffer that the next call
+        overwrites, `states` is emptied, and the last graph is kept, to serve the next prompt that fits. None: on CUDA.
+        """
+        if graph or graph is None and position.is_cuda:
+            weights = tuple(p.data_ptr() for p in self.parameters())
+            if self.replayed is None or not self.replayed.fits(states, position, steps, weights):
+                self.replayed = None                      # its memory first
+                self.replayed = Replayed(self.step, states, position, steps, weights)
+                return self.replayed
+            return self.replayed.load(states, position)
+
+        def step(tokens):
+            nonlocal states, position
+            logits, states = self.step(tokens, states, position)
+            position = position + 1
+            return logits
+        return step
+
+    @torch.inference_mode()
     def generate(self, ids, mask=None, pixels=None, grids=None, max_new_tokens=64, chunk=None, generator=None,
-                 temperature=0.0, top_p=1.0, top_k=0):
+                 temperature=0.0, top_p=1.0, top_k=0, graph=None):
         """Answers, greedy by default; `generate(..., **model.sampling)` samples as the checkpoint suggests.
 
-        ids (B, T) padded on either side, mask (B, T). Returns B lists of new token ids, without the eos. Raises
-        ValueError on a negative temperature or chunk, and when the weights give no finite logits.
+        ids (B, T) padded on either side, mask (B, T). graph: as in `start_decoding`. Returns B lists of new token ids,
+        without the eos. Raises ValueError on a negative temperature or chunk, and when the weights give no finite
+        logits.
         """
         if temperature < 0 or chunk is not None and chunk < 1:
             raise ValueError(f"temperature must be at least 0 and chunk at least 1, got {temperature} and {chunk}")
         logits, states, position = self.prefill(ids, mask, pixels, grids, chunk)
         if not torch.isfinite(logits).all():
             raise ValueError("the model's logits are not finite: are its weights damaged?")
-        answers, done = [[] for _ in range(len(ids))], [False] * len(ids)
+        answers, done, step = [[] for _ in range(len(ids))], [False] * len(ids), None
         for n in range(max_new_tokens):
             token = sample(logits, temperature, top_p, top_k, generator)                # (B,)
             for b, t in enumerate(token.tolist()):
@@ -646,65 +511,47 @@ class Qwen3VL(nn.Module):
                     answers[b].append(t)
             if all(done) or n + 1 == max_new_tokens:
                 break
-            logits, states = self.step(token, states, position)
-            position = position + 1
+            step = step or self.start_decoding(states, position, max_new_tokens - 1, graph)
+            logits = step(token)
         return answers
 
-    # -- checkpoints ---------------------------------------------------------------------------------------
+    # -- to and from a folder ------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None, device="cpu"):
         """Loads a folder of config.json and safetensors, single or sharded, in `dtype` (default: as stored). What
-        mixers name in FP32 is never rounded below it (`in_dtype`).
-
-        The files are mapped, not read: on the CPU and in the stored dtype the parameters *are* the mapping, and
-        otherwise one tensor at a time is converted. All that is wrong is named in one ValueError.
+        mixers name in FP32 is never rounded below it (`in_dtype`). Raises one ValueError that names all that is wrong.
         """
         config = Config.from_folder(folder)
         with torch.device("meta"):
             model = cls(config)
-        expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-        if config.tie_word_embeddings:
-            expected.pop("lm_head.weight")
-        where, wrong = find_tensors(Path(folder))
-        spare = {"lm_head.weight"} if config.tie_word_embeddings else set()
-        wrong += [f"missing tensor {n} {list(expected[n])}" for n in expected if n not in where]
-        wrong += [f"unexpected tensor {n}" for n in where if n not in expected and n not in spare]
-        wrong += [f"{n} has shape {list(where[n][1])} where {list(expected[n])} is needed"
-                  for n in expected if n in where and where[n][1] != expected[n]]
-        if wrong:
-            raise ValueError(f"{folder} does not hold this model, {len(wrong)} problem(s): " + "; ".join(wrong))
-        state, kept = {}, {}
-        for name in expected:                             # reopened each time: closing drops the mapped pages
-            file = where[name][0]
-            with safe_open(file, framework="pt") as f:
-                stored = f.get_tensor(name)
-                state[name] = stored.to(device=device, dtype=dtype and model.kind(name, dtype))
-            if state[name] is stored:                     # not converted: one lasting mapping serves them all
-                kept[file] = kept.get(file) or safe_open(file, framework="pt")
-                state[name] = kept[file].get_tensor(name)
-            del stored
-        if config.tie_word_embeddings:
-            state["lm_head.weight"] = tied = state["model.language_model.embed_tokens.weight"]
-            if "lm_head.weight" in where:                 # stored beside it: then it must be the same
-                with safe_open(where["lm_head.weight"][0], framework="pt") as f:
-                    if not torch.equal(f.get_tensor("lm_head.weight").to(tied), tied):
-                        raise ValueError(f"{folder} has tie_word_embeddings, but an lm_head.weight other than its "
-                                         "embeddings")
-        model.load_state_dict(state, assign=True)
+        head, embeddings = "lm_head.weight", "model.language_model.embed_tokens.weight"
+        tied = (head, embeddings) if config.tie_word_embeddings else ()
+        shapes = {k: v.shape for k, v in model.state_dict().items() if k not in tied[:1]}
+        state = read_weights(folder, shapes, lambda name: dtype and model.dtype_in(name, dtype), device, tied)
+        model.load_state_dict({**state, head: state[embeddings]} if tied else state, assign=True)
         if lost := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
             raise ValueError(f"{folder}: {', '.join(lost)} of a mixer are in no file; buffers must be persistent")
-        if config.tie_word_embeddings:                    # assign made two Parameters of one tensor
+        if tied:                                          # assign made two Parameters of one tensor
             model.lm_head.weight = model.model.language_model.embed_tokens.weight
         model.folder = Path(folder)
         if (path := model.folder / "generation_config.json").is_file():
-            stored = json.loads(path.read_text())
+            stored = read_object(path)
             if stored.get("do_sample"):                   # else greedy, as transformers reads it
                 names = ("temperature", "top_p", "top_k")
                 model.sampling = {k: stored[k] for k in names if stored.get(k) is not None}
         return model.eval()
 
-    def kind(self, name, dtype):
+    def save_pretrained(self, folder, shard_bytes=5 * 2 ** 30):
+        """Writes config.json and safetensors (what transformers loads, unless it is a hybrid), and copies the
+        tokenizer and image settings of the folder this model came from. Each file appears whole or not at all."""
+        state = {k: v for k, v in self.state_dict().items()
+                 if not (self.config.tie_word_embeddings and k == "lm_head.weight")}
+        write_folder(folder, self.config.to_json(), state, shard_bytes)
+        if self.folder and self.folder.resolve() != Path(folder).resolve():
+            copy_companions(self.folder, folder)
+
+    def dtype_in(self, name, dtype):
         """The dtype of a parameter in a model of `dtype`."""
         owner, _, last = name.rpartition(".")
         fp32 = last in getattr(self.get_submodule(owner), "FP32", ())
@@ -713,65 +560,8 @@ class Qwen3VL(nn.Module):
     def in_dtype(self, dtype):
         """As Module.to(dtype), except for what mixers name in FP32."""
         for name, p in self.named_parameters():
-            p.data = p.data.to(self.kind(name, dtype))
+            p.data = p.data.to(self.dtype_in(name, dtype))
         return self
-
-    def save_pretrained(self, folder, shard_bytes=5 * 2 ** 30):
-        """Writes config.json and safetensors (what transformers loads, unless it is a hybrid), and copies the
-        tokenizer and image settings of the folder this model came from. Each file appears whole or not at all."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v for k, v in self.state_dict().items()
-                 if not (self.config.tie_word_embeddings and k == "lm_head.weight")}
-        shards, size = [[]], 0
-        for name, t in state.items():
-            if shards[-1] and size + t.nbytes > shard_bytes:
-                shards.append([])
-                size = 0
-            shards[-1].append(name)
-            size += t.nbytes
-        names = ["model.safetensors"] if len(shards) == 1 else \
-            [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        for file, shard in zip(names, shards):
-            save_file({n: state[n].detach().cpu().contiguous() for n in shard}, folder / f"{file}.tmp",
-                      metadata={"format": "pt"})
-            os.replace(folder / f"{file}.tmp", folder / file)
-        texts = {"config.json": self.config.to_json()}
-        if len(shards) > 1:
-            texts["model.safetensors.index.json"] = dict(
-                metadata=dict(total_size=sum(t.nbytes for t in state.values())),
-                weight_map={n: file for file, shard in zip(names, shards) for n in shard})
-        for file, content in texts.items():
-            (folder / f"{file}.tmp").write_text(json.dumps(content, indent=2) + "\n")
-            os.replace(folder / f"{file}.tmp", folder / file)
-        stale = [f for f in folder.iterdir() if f.name not in (*names, *texts)
-                 and re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", f.name)]
-        for file in sorted(stale, key=lambda f: f.suffix != ".json"):    # an index goes before its shards
-            file.unlink()
-        if self.folder and self.folder.resolve() != folder.resolve():
-            for pattern in ("tokenizer*", "preprocessor_config.json", "generation_config.json", "chat_template*",
-                            "vocab.json", "merges.txt", "special_tokens_map.json", "video_preprocessor_config.json"):
-                for file in self.folder.glob(pattern):
-                    shutil.copy(file, folder / file.name)
-
-
-def find_tensors(folder):
-    """-> {name: (file, shape)} of every tensor in the folder, and a list of what is wrong with its files."""
-    wrong, where = [], {}
-    if (index := folder / "model.safetensors.index.json").is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
-    for file in files:
-        if not (folder / file).is_file():
-            wrong.append(f"missing file {file}")
-            continue
-        try:
-            with safe_open(folder / file, framework="pt") as f:
-                where.update({n: (folder / file, tuple(f.get_slice(n).get_shape())) for n in f.keys()})
-        except Exception as error:                        # safetensors' own error type is not a public class
-            wrong.append(f"unreadable file {file} ({error})")
-    return where, wrong
 
 
 def sample(logits, temperature, top_p, top_k, generator=None):

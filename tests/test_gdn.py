@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import gdn
-from gdn import GatedDeltaNet, delta_rule
+from gdn import GatedDeltaNet, chunked_delta_rule, delta_rule
 from model import Attention, TextConfig
+from parts import fast
 
 NAMES = ("q", "k", "v", "log_a", "beta", "state")
 
@@ -314,7 +314,7 @@ def test_kernels_get_the_arguments_they_expect(kernels, monkeypatch):
     log = lambda name, f: lambda **kwargs: calls.append(name) or f(**kwargs)
     fused = types.SimpleNamespace(chunk_gated_delta_rule=log("chunk", chunked),
                                   fused_recurrent_gated_delta_rule=log("step", recurrent))
-    monkeypatch.setattr(gdn, "kernel", lambda module, like: calls.append(module) or fused)
+    monkeypatch.setattr(fast, "kernel", lambda module, like: calls.append(module) or fused)
     y, state = delta_rule(**a, mask=mask)
     with torch.no_grad():
         y_one, state_one = delta_rule(**one)

@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import mamba2
-from mamba2 import Mamba2, causal_conv, ssd
+from mamba2 import Mamba2, causal_conv, chunked_ssd, ssd
 from model import Attention, TextConfig
+from parts import fast
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "state")
 
@@ -303,7 +303,7 @@ def test_kernels_get_the_arguments_they_expect(kernels, monkeypatch):
     expected, expected_one = ssd(**a, mask=mask), ssd(**one)
     fused = types.SimpleNamespace(mamba_chunk_scan_combined=scan, selective_state_update=step)
     calls = []
-    monkeypatch.setattr(mamba2, "kernel", lambda module, like: calls.append(module) or fused)
+    monkeypatch.setattr(fast, "kernel", lambda module, like: calls.append(module) or fused)
     kept = a["state"].clone()
     with torch.no_grad():
         y, state = ssd(**a, mask=mask)
@@ -319,6 +319,6 @@ def test_conv_kernel_gets_the_arguments_it_expects(monkeypatch):
     u, weight, memory = (rand(*s, seed=0, dtype=torch.float32) for s in ((2, 9, 8), (8, 4), (2, 3, 8)))
     expected = causal_conv(u, weight, padding("left", 9), memory)
     reference = types.SimpleNamespace(causal_conv1d_fn=conv1d.causal_conv1d_interface.causal_conv1d_ref)
-    monkeypatch.setattr(mamba2, "kernel", lambda module, like: reference)
+    monkeypatch.setattr(fast, "kernel", lambda module, like: reference)
     got = causal_conv(u, weight, padding("left", 9), memory)
     assert torch.allclose(got[0], expected[0], atol=1e-6) and torch.equal(got[1], expected[1])

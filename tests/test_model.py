@@ -352,6 +352,44 @@ def test_prefill_and_decode_equal_each_row_alone_for_any_chunks_and_padding(teac
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("mixer", ["attention", "mamba2", "gdn"])
+def test_steps_on_fixed_buffers_equal_each_row_alone(teacher, mixer):
+    """What CUDA captures, run as it comes: the oracle is the plain full forward of each row by itself. A second prompt,
+    shorter and longer rows exchanged, is then decoded in the first one's buffers."""
+    net, rng = with_mixer(teacher, mixer), np.random.default_rng(0)
+    net.replayed = None
+    follow = torch.from_numpy(rng.integers(0, 180, (len(ROWS), 7)))
+    kept = []
+    for rows in (ROWS, ROWS[::-1]):
+        alone = [net(torch.tensor([ids + more]), None, *((pixels, torch.tensor(grids)) if grids else (None, None)))[0]
+                 for (ids, pixels, grids), more in zip(rows, follow.tolist())]
+        for side in ("left", "right"):
+            _, states, position = net.prefill(*batch(rows, side), chunk=13)
+            step = net.start_decoding(states, position, 7, graph=True)
+            kept.append(step)
+            for n in range(7):
+                for b, (logits, row) in enumerate(zip(step(follow[:, n]), alone)):
+                    torch.testing.assert_close(logits, row[n - 7], atol=1e-4, rtol=1e-4, msg=lambda m:
+                                               f"{side}, row {b}, token {n}: {m}")
+    assert all(step is kept[0] for step in kept)
+    net.lm_head.weight.data = net.lm_head.weight.data.clone()       # other weights need another capture
+    assert net.start_decoding(net.prefill(*batch(ROWS, "left"))[1], position, 7, graph=True) is not kept[0]
+
+
+@torch.no_grad()
+def test_a_state_that_grows_is_decoded_without_fixed_buffers(teacher, tmp_path):
+    """A mixer that keeps all it has seen, as a reader may write one."""
+    (tmp_path / "keeper.py").write_text(OWN_MIXER.replace("RunningSum", "Keeper").replace(
+        "return torch.cat(out, 1), Past(total)",
+        "past = x if state is None else torch.cat([state.total, x], 1)\n"
+        "        return self.o_proj(self.up(self.v_proj(past.cumsum(1)[:, -x.shape[1]:]))), Past(past)"))
+    net = to_hybrid(teacher, f"{tmp_path / 'keeper.py'}:Keeper")
+    ids, mask, pixels, grids = batch(ROWS[2:3], "left")
+    assert net.generate(ids, None, pixels, grids, max_new_tokens=9, graph=True) == \
+        net.generate(ids, None, pixels, grids, max_new_tokens=9, graph=False)
+
+
+@torch.no_grad()
 def test_uneven_chunks_continue_the_state(teacher):
     ids, mask, pixels, grids = batch(ROWS, "left")
     x, deepstack, rope, _ = teacher.embed(ids, mask, pixels, grids)

@@ -1,0 +1,156 @@
+"""config.json of a Qwen3-VL (dense): read strictly, with every fault named by file and field, and written again.
+
+Field names are those of the file. Its letters, as everywhere: D model width, H heads, G key/value groups, P head dim.
+"""
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Optional
+
+def read_object(path):
+    """The JSON object in a file. Raises ValueError with the file's name."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except (ValueError, RecursionError) as error:         # not JSON, not UTF-8, or nested beyond reason
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
+def is_count(value):
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2 ** 31
+
+
+KINDS = {                       # of a dataclass's fields: what a value must be, in code and in words
+    int: (is_count, "a positive whole number"),
+    float: (lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < float("inf"), "a positive number"),
+    list: (lambda v: isinstance(v, list) and all(n == 0 or is_count(n) for n in v), "a list of whole numbers"),
+}
+
+
+def fill(kind, values, where):
+    """A dataclass whose every field stands in the JSON object `values`. Raises ValueError naming file and field."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is missing or no object")
+    for f in fields(kind):
+        fits, words = KINDS[f.type]
+        if f.name not in values:
+            raise ValueError(f"{where}: {f.name} is missing")
+        if not fits(values[f.name]):
+            raise ValueError(f"{where}: {f.name} is {str(values[f.name])[:40]!r}, but must be {words}")
+    return kind(**{f.name: values[f.name] for f in fields(kind)})
+
+
+@dataclass
+class TextConfig:
+    vocab_size: int = 151936
+    hidden_size: int = 4096                  # D
+    intermediate_size: int = 12288
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 32            # H
+    num_key_value_heads: int = 8             # G
+    head_dim: int = 128                      # P
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 5e6
+    mrope_section: list = field(default_factory=lambda: [24, 20, 20])     # frequencies of T, H, W
+    max_position_embeddings: int = 262144
+
+
+@dataclass
+class VisionConfig:
+    depth: int = 27
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_heads: int = 16
+    patch_size: int = 16
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    out_hidden_size: int = 4096
+    num_position_embeddings: int = 2304
+    deepstack_visual_indexes: list = field(default_factory=lambda: [8, 16, 24])
+    in_channels: int = 3
+
+
+@dataclass
+class Config:
+    text: TextConfig = field(default_factory=TextConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+    tie_word_embeddings: bool = False
+    eos_token_id: list = field(default_factory=lambda: [151645, 151643])
+    hybrid: Optional[dict] = None            # {"mixer": word or FILE.py:CLASS, "layers": replaced layers (S)}
+
+    @classmethod
+    def from_folder(cls, folder):
+        """Reads config.json, and the end of an answer from generation_config.json. Raises ValueError naming file and
+        field on what is missing, malformed or not implemented."""
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
+        raw = read_object(path)
+        if raw.get("model_type") != "qwen3_vl":
+            raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}, but only the dense qwen3_vl is "
+                             "implemented")
+        text, vision = (raw[k] if isinstance(raw.get(k), dict) else {} for k in ("text_config", "vision_config"))
+        # The rope settings are spelled rope_scaling by released checkpoints, rope_parameters by transformers 5.
+        rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+        text = {**text, **{k: rope[k] for k in ("rope_theta", "mrope_section") if k in rope}}
+        for part, key, ours in ((rope, "rope_type", "default"), (text, "hidden_act", "silu"),
+                                (text, "attention_bias", False), (vision, "hidden_act", "gelu_pytorch_tanh")):
+            if part.get(key, ours) not in (ours, "mrope"):
+                raise ValueError(f"{path}: {key} is {part[key]!r}, but only {ours!r} is implemented")
+        top = {k: raw[k] for k in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
+                                   "hybrid") if raw.get(k) is not None}
+        top["tie_word_embeddings"] = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False)) is True
+        eos = raw.get("eos_token_id", text.get("eos_token_id", cls().eos_token_id))
+        if (generation := Path(folder) / "generation_config.json").is_file():
+            stored = read_object(generation).get("eos_token_id")
+            eos = eos if stored is None else stored
+        top["eos_token_id"] = eos if isinstance(eos, list) else [eos]
+        config = cls(fill(TextConfig, text, f"{path}, text_config"), fill(VisionConfig, vision, f"{path}, vision_config"),
+                     **top)
+        check_shapes(config, path)
+        return config
+
+    def to_json(self):
+        text, top = asdict(self.text), asdict(self)
+        text["rope_parameters"] = dict(rope_type="default", rope_theta=text["rope_theta"], mrope_interleaved=True,
+                                       mrope_section=text.pop("mrope_section"))
+        text["rope_scaling"] = {k: v for k, v in text["rope_parameters"].items() if k != "rope_theta"}
+        text.update(model_type="qwen3_vl_text", hidden_act="silu", attention_bias=False,
+                    tie_word_embeddings=self.tie_word_embeddings)
+        vision = {**top.pop("vision"), "model_type": "qwen3_vl", "hidden_act": "gelu_pytorch_tanh"}
+        top.pop("text")
+        if self.hybrid is None:
+            top.pop("hybrid")
+        kind = "Qwen3VLForConditionalGeneration" if self.hybrid is None else "Qwen3VLHybrid"
+        return dict(architectures=[kind], model_type="qwen3_vl", text_config=text, vision_config=vision, **top)
+
+
+def check_shapes(config, path):
+    """Refuses numbers that fit no model, before anything is built from them. config: a model.Config."""
+    t, v = config.text, config.vision
+    side = round(v.num_position_embeddings ** 0.5)
+    rules = [
+        (t.num_attention_heads % t.num_key_value_heads == 0, "num_attention_heads is no multiple of num_key_value_heads"),
+        (len(t.mrope_section) == 3 and 2 * sum(t.mrope_section) == t.head_dim, "mrope_section does not sum to half of head_dim"),
+        (v.hidden_size % (4 * v.num_heads) == 0, "vision hidden_size is no multiple of four times num_heads"),
+        (side * side == v.num_position_embeddings, "num_position_embeddings is no square"),
+        (v.out_hidden_size == t.hidden_size, "out_hidden_size is not the text model's hidden_size"),
+        (all(i < v.depth for i in v.deepstack_visual_indexes), "deepstack_visual_indexes goes beyond depth"),
+        (len(set(v.deepstack_visual_indexes)) == len(v.deepstack_visual_indexes) <= t.num_hidden_layers,
+         "deepstack_visual_indexes repeats a block or has more than the decoder has layers"),
+        (all(isinstance(i, int) for i in (config.image_token_id, config.video_token_id, *config.eos_token_id)),
+         "a token id is no whole number"),
+    ]
+    if config.hybrid is not None:
+        layers = config.hybrid.get("layers") if isinstance(config.hybrid, dict) else None
+        rules.append((layers and KINDS[list][0](layers) and max(layers) < t.num_hidden_layers
+                      and isinstance(config.hybrid.get("mixer"), str), "hybrid names no mixer, or layers that there are not"))
+    for fits, words in rules:
+        if not fits:
+            raise ValueError(f"{path}: {words}")
