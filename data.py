@@ -525,12 +525,13 @@ class Fetch(torch.utils.data.Dataset):
                        last=micro.last, cursor=micro.cursor, bad=bad)
 
 
-def loader(dataset, processor, plan, workers=0, pin_memory=False):
+def loader(dataset, processor, plan, workers=0, pin_memory=False, worker_init_fn=None):
     """Endless iterator of Batch: the plan's micro-batches in the plan's order, whatever the number
     of workers. `batch.last` ends a step, after which a Plan with cursor=batch.cursor goes on."""
     batches = torch.utils.data.DataLoader(
         Fetch(dataset, processor), batch_size=None, sampler=plan, num_workers=workers,
-        pin_memory=pin_memory, generator=torch.Generator())  # or it would advance the global one
+        pin_memory=pin_memory, worker_init_fn=worker_init_fn,
+        generator=torch.Generator())                         # or it would advance the global one
     for batch in batches:
         # A fault that shows in decoding is seen by one rank only, and stands for `world` of them.
         plan.bad.saw(0, batch.bad, weight=plan.world)
