@@ -23,6 +23,7 @@ import sft_dpo
 from data import BadSample, Sample, collate, encode_rows
 from loop import Checked
 from model import Config, Qwen3VL, TextConfig, VisionConfig, dtype_of, to_hybrid
+from parts.ranks import Ranks, shard
 from synthdoc import World
 
 SPECIAL = [f"<|{name}|>" for name in ("endoftext", "im_start", "im_end", "vision_start", "vision_end",
@@ -108,20 +109,20 @@ class Killed(Exception):
     pass
 
 
-def train(phase, s, ranks=distill.Ranks(0, 1, torch.device("cpu")), stop=math.inf):
+def train(phase, s, ranks=Ranks(0, 1, torch.device("cpu")), stop=math.inf):
     """A whole run on small pages, killed in its step number `stop`. -> the last checkpoint's parameters."""
     made, processor = sft_dpo.build(s, sft_dpo.PHASES[phase], ranks.device)
     pairs = phase == "dpo"
     data = Checked(SMALL("train", 5, pairs=pairs), partial(sft_dpo.check_kind, pairs=pairs, embedded=True))
     if s.shard:
-        distill.shard(ranks, made.model)
+        shard(ranks, made.model)
     return run(s, made, processor, data, ranks, stop)
 
 
-def train_distill(s, ranks=distill.Ranks(0, 1, torch.device("cpu")), stop=math.inf):
+def train_distill(s, ranks=Ranks(0, 1, torch.device("cpu")), stop=math.inf):
     teacher, student, processor = distill.build(s, ranks.device)
     if s.shard:
-        distill.shard(ranks, teacher, student)
+        shard(ranks, teacher, student)
     return run(s, distill.Distillation(s, teacher, student), processor, SMALL("train", 5), ranks, stop)
 
 
