@@ -3,12 +3,11 @@
     python evaluate.py tiny out/c3 out/c4                     the embedded world, 500 questions a suite
     python evaluate.py TEACHER STUDENT --bench docvqa_val=DATA.parquet --bench ai2d=ROWS.jsonl --device cuda
     python evaluate.py --rescore out/eval/answers-*.jsonl     scores again, without a model
-    python evaluate.py --lmms-eval --model qwen3_vl --model_args pretrained=out/c4 --tasks docvqa_val,chartqa
 
 benchmarks.py has the prompts and metrics. Every reply is greedy (C.1) and kept with what its metric needs.
 
-From top to bottom: reading; answering; the table with paired bootstrap intervals; the gallery (Fig. 6); the plugin
-for lmms-eval itself.
+From top to bottom: reading; answering; the table with paired bootstrap intervals; the gallery (Fig. 6).
+plugins/lmms_eval.py has our models inside lmms-eval itself.
 """
 import argparse
 import copy
@@ -19,7 +18,6 @@ import json
 import math
 import sys
 import textwrap
-import types
 import zlib
 from collections import Counter, defaultdict
 from io import BytesIO
@@ -412,135 +410,6 @@ def gallery(results, path, k=8):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The plugin: this project's models inside lmms-eval
-
-
-def lmms_eval_manifest():
-    """lmms-eval's ModelManifest for these models; it can be an entry point of the group `lmms_eval.models`
-    (`heed = "evaluate:lmms_eval_manifest"`). It takes the place of `qwen3_vl`: lmms-eval picks a task's
-    prompt by the model's registered name, and so teacher, students and the stock model see the same prompt.
-
-    --model_args: pretrained=FOLDER, dtype, min_pixels, max_pixels, system_prompt."""
-    from lmms_eval.api.model import lmms
-    from lmms_eval.models.registry_v2 import ModelManifest
-
-    class Chat(lmms):
-        """Requests carry a document's messages; those of Simple carry its text and its images."""
-        is_simple = False
-
-        def __init__(self, pretrained, batch_size=1, device="cuda", dtype="bfloat16", system_prompt=SYSTEM,
-                     min_pixels=None, max_pixels=None, max_batch_size=None):
-            super().__init__()
-            self.device, self.batch_size = torch.device(device), int(batch_size)
-            self.first = [("system", [system_prompt])] if system_prompt else []
-            self.model = Qwen3VL.from_pretrained(pretrained, dtype=getattr(torch, dtype), device=device)
-            self.processor = full_processor(pretrained)
-            # The stock chat model looks at images in full; the simple one (--force_simple) at 1.6 megapixels.
-            usual = (256 * 28 * 28, 1605632) if self.is_simple else [
-                n * self.processor.factor ** 2 for n in HARNESS_TOKENS]
-            self.processor.min_pixels, self.processor.max_pixels = (
-                int(given or n) for given, n in zip((min_pixels, max_pixels), usual))
-
-        def sample(self, turns):
-            """[(role, [PIL image or text])] -> Sample."""
-            content = [dict(role=role, content=[{"type": "text", "text": p} if isinstance(p, str) else
-                                                {"type": "image"} for p in parts])
-                       for role, parts in self.first + turns]
-            images = [p.convert("RGB") for _, parts in turns for p in parts if not isinstance(p, str)]
-            return Sample("request", content, images)
-
-        def simple_turns(self, images, text):
-            return [("user", [*(images or []), text.replace("<image>", "")])]
-
-        def chat_turns(self, messages):
-            return [(m["role"], [p["text"] if p["type"] == "text" else p["url"] for p in m["content"]])
-                    for m in messages]
-
-        def unpacked(self, request):
-            """-> document, what makes its later rounds, generation settings, turns of the first round."""
-            *first, doc_id, task, split = request.args
-            doc = self.task_dict[task][split][doc_id]
-            if self.is_simple:
-                context, settings, visual, *again = first
-                return doc, again and again[0], settings, self.simple_turns(visual(doc), context)
-            _, messages, settings = first
-            return doc, messages, settings, self.chat_turns(messages(doc))
-
-        def replies(self, asked):
-            """[(settings, turns)] -> replies, batched by length limit. Greedy, whatever the task asks for."""
-            out, limits = [""] * len(asked), [settings.get("max_new_tokens", 128) for settings, _ in asked]
-            for limit in sorted(set(limits)):
-                rows = [i for i, x in enumerate(limits) if x == limit]
-                samples = [self.sample(asked[i][1]) for i in rows]
-                texts = answer(self.model, self.processor, samples, self.batch_size, limit, "lmms-eval")
-                for i, text in zip(rows, texts):
-                    stops = asked[i][0].get("until") if self.is_simple else None   # as the stock models do
-                    for stop in [stops] if isinstance(stops, str) else stops or ():
-                        text = text.split(stop)[0] if stop not in ("", "\n\n") else text
-                    out[i] = text
-            return out
-
-        def generate_until(self, requests):
-            return self.replies([self.unpacked(request)[2:] for request in requests])
-
-        def generate_until_multi_round(self, requests):
-            """A list of replies for each request. The task makes round k from the replies so far, or ends."""
-            out = []
-            for doc, again, settings, turns in map(self.unpacked, requests):
-                said, info = [], None
-                while True:
-                    said.append(self.replies([(settings, turns)])[0])
-                    new = again(doc, round_idx=len(said), previous_output=[*said], previous_round_info=info)
-                    if not isinstance(new, tuple):         # a task of one round
-                        break
-                    *make, last, agreed, info = new
-                    said = list(agreed or said)
-                    if last:
-                        break
-                    turns = self.simple_turns(*make) if self.is_simple else self.chat_turns(*make)
-                out.append(said)
-            return out
-
-        @torch.inference_mode()
-        def loglikelihood(self, requests):
-            """(mean negative log-likelihood of the continuation, is it the greedy one), as stock models."""
-            out = []
-            for text, target, visual, doc_id, task, split in (request.args for request in requests):
-                doc = self.task_dict[task][split][doc_id]
-                target = [{"type": "text", "text": target if isinstance(target, str) else target(doc)}]
-                sample = self.sample(self.simple_turns(visual(doc), text)).answered(target)
-                batch = collate([self.processor.encode(sample)], self.processor.pad_id).to(self.device)
-                logits = self.model(batch.ids, None, batch.pixels, batch.grids)[:, :-1]
-                labels = batch.labels[:, 1:]
-                logits, labels = logits[labels >= 0].float(), labels[labels >= 0]
-                out.append((torch.nn.functional.cross_entropy(logits, labels).item(),
-                            bool((logits.argmax(-1) == labels).all())))
-            return out
-
-    class Simple(Chat):
-        is_simple = True
-
-    home = sys.modules["heed_lmms_eval"] = types.ModuleType("heed_lmms_eval")      # where the registry looks
-    home.Chat, home.Simple = Chat, Simple
-    return ModelManifest("qwen3_vl", chat_class_path="heed_lmms_eval.Chat",
-                         simple_class_path="heed_lmms_eval.Simple")
-
-
-def run_lmms_eval(arguments):
-    """lmms-eval's own command line, with our models registered. Hugging Face's package `evaluate`, which
-    lmms-eval imports, has this file's name: so this folder leaves the search path while that is looked up."""
-    here, path = Path(__file__).resolve().parent, sys.path[:]
-    sys.path[:] = [p for p in path if Path(p or ".").resolve() != here]
-    from lmms_eval.cli.dispatch import main as lmms_eval_main
-    from lmms_eval.models import MODEL_REGISTRY_V2
-    import evaluate  # noqa: F401  (Hugging Face's)
-    sys.path[:] = path
-    MODEL_REGISTRY_V2.register_manifest(lmms_eval_manifest(), overwrite=True)
-    sys.argv = ["lmms-eval", *arguments]
-    lmms_eval_main()
-
-
-# ---------------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -597,8 +466,6 @@ def rescored(files):
 
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
-    if "--lmms-eval" in arguments:
-        return run_lmms_eval([a for a in arguments if a != "--lmms-eval"])
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("models", nargs="*", help="model folders, the teacher first")
     p.add_argument("--bench", action="append", default=[], metavar="NAME=PATH",
