@@ -1,4 +1,4 @@
-"""Answers and metrics: teacher against students, a table like the paper's 1, 2 and 4 (Sect. 5, C.1).
+"""Answers and metrics: teacher against students, as in the paper's Tables 1, 2 and 4 (Sect. 5, C.1).
 
     python evaluate.py tiny out/c3 out/c4                the embedded world, 500 questions a suite
     python evaluate.py TEACHER STUDENT --bench docvqa_val=DATA.parquet --bench ai2d=ROWS.jsonl
@@ -54,12 +54,6 @@ def json_rows(file):
                 yield row
 
 
-def parquet_rows(file):
-    import pyarrow.parquet                                 # optional: only for parquet
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=32):
-        yield from batch.to_pylist()
-
-
 def read_rows(path):
     """Yields (row, FILE#NUMBER) of JSONL or parquet: a file, a folder or a pattern.
 
@@ -70,7 +64,12 @@ def read_rows(path):
     if not files:
         raise FileNotFoundError(f"{path} has no .jsonl or .parquet file")
     for file in files:
-        rows = json_rows(file) if file.endswith(".jsonl") else parquet_rows(file)
+        if file.endswith(".jsonl"):
+            rows = json_rows(file)
+        else:
+            import pyarrow.parquet                         # optional: only for parquet
+            batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=32)
+            rows = (row for batch in batches for row in batch.to_pylist())
         for number, row in enumerate(rows):
             yield row, f"{file}#{number}"
 
@@ -282,7 +281,7 @@ def read_answers(file):
     """The records of an answers-MODEL.jsonl. Raises ValueError."""
     records = list(json_rows(file))
     for r in records:
-        if not {"model", "benchmark", "answer", "row"} <= set(r) or r["benchmark"] not in BENCHMARKS:
+        if not {"model", "benchmark", "answer", "row"} <= set(r):
             raise ValueError(f"{file} is not a file of answers that this script wrote")
     return records
 
@@ -358,28 +357,22 @@ def by_benchmark(records):
     return {name: group for name, group in groups.items() if group}
 
 
-def has_score(records):
-    """A benchmark has an overall score if each of its questions has one."""
-    return all(r["score"] is not None for r in records)
-
-
 def compare(first, second, draws=2000, seed=0):
     """Two models' records -> {benchmark or average: (second - first, low, high)}, in points.
 
     low and high bound the 95 % interval."""
     first, second, change, drawn = by_benchmark(first), by_benchmark(second), {}, {}
     if list(first) != list(second):
-        raise ValueError(f"the models answered different benchmarks: {list(first)} and "
-                         f"{list(second)}")
+        raise ValueError(f"the models answered {list(first)} and {list(second)}")
     for name in first:
-        if has_score(first[name] + second[name]):
+        if all(r["score"] is not None for r in first[name] + second[name]):
             a, b = (tally(of[name], BENCHMARKS[name].overall) for of in (first, second))
             change[name] = float(b.weights @ b.scores - a.weights @ a.scores)
             drawn[name] = resample(a, b, draws, [seed, zlib.crc32(name.encode())])
     for of in (change, drawn):                             # averages are linear: the draws' too
         of.update({f"avg {group}": mean for group, (_, mean) in averages(of).items()})
-    return {key: tuple(100 * float(x) for x in (change[key], *np.percentile(drawn[key], (2.5, 97.5))))
-            for key in change}
+    bounds = {key: np.percentile(drawn[key], (2.5, 97.5)) for key in drawn}
+    return {key: tuple(100 * float(x) for x in (change[key], *bounds[key])) for key in change}
 
 
 def benchmark_summary(records, overall):
@@ -388,11 +381,12 @@ def benchmark_summary(records, overall):
     for r in records:
         if r["part"] is not None and r["score"] is not None:
             parts[r["part"]].append(r["score"])
-    return dict(score=100 * float(t.weights @ t.scores) if has_score(records) else None,
-                questions=len(records), coverage=np.mean([r["score"] is not None for r in records]),
+    coverage = np.mean([r["score"] is not None for r in records])
+    return dict(score=100 * float(t.weights @ t.scores) if coverage == 1 else None,
+                questions=len(records), coverage=coverage,
                 unparsed=np.mean([r["unparsed"] for r in records]),
-                parts={p: dict(score=100 * np.mean(s), questions=len(s))
-                       for p, s in sorted(parts.items())})
+                parts={part: dict(score=100 * np.mean(scores), questions=len(scores))
+                       for part, scores in sorted(parts.items())})
 
 
 def summary(results):
@@ -412,14 +406,15 @@ def summary(results):
 def table(results):
     """{model: records} -> Markdown: benchmarks by models with averages, differences, parts."""
     s = summary(results)
-    return "\n".join(markdown(score_rows(s)) + markdown(difference_rows(s)) + markdown(part_rows(s)))
+    tables = score_rows(s), difference_rows(s), part_rows(s)
+    return "\n".join(line for rows in tables for line in markdown(rows))
 
 
 def markdown(rows):
-    """A head and rows -> lines of a table, with a blank one after it; none without rows."""
-    head, *rows = rows
-    rows = [head, ["---"] * len(head), *rows] if rows else []
-    return ["| " + " | ".join(map(str, row)) + " |" for row in rows] + [""] * bool(rows)
+    """A head and rows -> the lines of a table and a blank one; none where there is only a head."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    ruler = "| " + " | ".join(["---"] * len(rows[0])) + " |"
+    return [lines[0], ruler, *lines[1:], ""] if len(rows) > 1 else []
 
 
 INTERVAL = "{:+.2f} [{:+.2f}, {:+.2f}]"
@@ -441,8 +436,8 @@ def score_rows(s):
     gains = [s["differences"][f"{m} - {first}"].get("avg all") for m in models[1:]]
     if gains and gains[0]:
         rows.append([f"Δ vs. {first}", "", "-"] + [INTERVAL.format(*gain) for gain in gains])
-    rows.append(["unparsed, counted wrong", ""] + [f"{100 * s['unparsed'][m]:.1f} %" for m in models])
-    return rows
+    unparsed = [f"{100 * s['unparsed'][m]:.1f} %" for m in models]
+    return rows + [["unparsed, counted wrong", "", *unparsed]]
 
 
 def difference_rows(s):
@@ -451,8 +446,10 @@ def difference_rows(s):
     pairs = dict.fromkeys([f"{m} - {models[0]}" for m in models[1:]]
                           + [f"{b} - {a}" for a, b in zip(models, models[1:])])
     changes = [s["differences"][pair] for pair in pairs]
-    return [["points, 95 % interval", *pairs]] + [
-        [key] + [INTERVAL.format(*change[key]) for change in changes] for key in (changes or [{}])[0]]
+    rows = [["points, 95 % interval", *pairs]]
+    for key in changes[0] if changes else ():
+        rows.append([key] + [INTERVAL.format(*change[key]) for change in changes])
+    return rows
 
 
 def part_rows(s):
@@ -546,6 +543,21 @@ def rescored(files):
     return results
 
 
+def named_folders(models):
+    """Paths of model folders -> {name: path}, by as much of the path as tells them apart.
+
+    Raises ValueError, before anything is loaded, where one is no model or they cannot be compared."""
+    folders = [Path(m).resolve() for m in models]
+    for folder in folders:
+        Config.from_folder(folder)
+        if (folder / "tokenizer.json").read_bytes() != (folders[0] / "tokenizer.json").read_bytes():
+            raise ValueError(f"{folder} has another tokenizer.json than {folders[0]}: judge them "
+                             "one by one")
+    last = [folder.name for folder in folders]
+    return {name if last.count(name) == 1 else str(m).strip("/").replace("/", "-"): m
+            for name, m in zip(last, models)}
+
+
 def flags():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -584,29 +596,20 @@ def main(arguments=None):
         if name not in BENCHMARKS or (path is None) != (name in EMBEDDED):
             p.error(f"--bench {name}: give NAME=PATH, or {' or '.join(EMBEDDED)} alone; the names "
                     f"are {', '.join(BENCHMARKS)}")
-    folders = [Path(m).resolve() for m in a.models]
-    if len(set(folders)) < len(folders) or len(benches) < len(a.bench):
+    if len({Path(m).resolve() for m in a.models}) < len(a.models) or len(benches) < len(a.bench):
         p.error("each model and each benchmark can be named once")
     try:
         if a.rescore:
-            return report(rescored(a.rescore), a.out or Path(a.rescore[0]).parent)
-        results = evaluate_folders(a, folders, benches)
+            results, folder = rescored(a.rescore), a.out or Path(a.rescore[0]).parent
+        else:
+            folder, device = a.out or Path("out/eval"), device_of(a.device)
+            results = evaluate_models(
+                named_folders(a.models), full_processor(a.models[0]), a.n, benches, a.seed,
+                a.batch_size, a.max_new_tokens, device, dtype_of(a.dtype, device), folder, a.page,
+                a.resume, a.eager)
+        report(results, folder)
     except (BadSample, ValueError, OSError) as error:      # user errors end in a sentence
         sys.exit(str(error))
-    report(results, a.out)
-
-
-def evaluate_folders(a, folders, benches):
-    for folder in folders:                             # what is missing shows before the first answer
-        Config.from_folder(folder)
-        if (folder / "tokenizer.json").read_bytes() != (folders[0] / "tokenizer.json").read_bytes():
-            raise ValueError(f"{folder} has another tokenizer.json than {folders[0]}: judge them one by one")
-    names = [f.name if [g.name for g in folders].count(f.name) == 1 else str(m).strip("/").replace("/", "-")
-             for f, m in zip(folders, a.models)]
-    device = device_of(a.device)
-    a.out = a.out or Path("out/eval")
-    return evaluate_models(dict(zip(names, a.models)), full_processor(a.models[0]), a.n, benches, a.seed,
-                           a.batch_size, a.max_new_tokens, device, dtype_of(a.dtype, device), a.out, a.page, a.resume, a.eager)
 
 
 if __name__ == "__main__":
