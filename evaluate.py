@@ -136,6 +136,7 @@ def file_record(name, row, number, place):
     """A row -> its record, and its image cells."""
     bench = BENCHMARKS[name]
     question, columns = bench.ask(row), bench.images(row)
+    cells = [row[column] for column in columns]
     kept = [c.rstrip("?") for c in bench.keep.split() if c[-1] != "?" or c[:-1] in row]
     kept = {column: row[column] for column in kept}
     if isinstance(kept.get("answers"), str):
@@ -144,7 +145,7 @@ def file_record(name, row, number, place):
     record = dict(benchmark=name, id=str(row.get(bench.id, number)), part=bench.part(row),
                   question=question, image=[f"{place}#{column}" for column in columns],
                   gold=bench.gold(row), row=kept)
-    return record, [row[column] for column in columns]
+    return record, cells
 
 
 # --------------------------------------------------------------------------------------------------
