@@ -193,13 +193,13 @@ def test_anls_agrees_with_lmms_eval(harness):
 
 def test_relaxed_accuracy_agrees_with_lmms_eval(harness):
     theirs, rng = harness("chartqa.utils").chartqa_process_results, random.Random(2)
-    assert benchmarks.relaxed("50%", {"answer": "50"}).score == 0 and benchmarks.relaxed("52.5", {"answer": "50"}).score == 1
+    assert benchmarks.relaxed_accuracy("50%", {"answer": "50"}).score == 0 and benchmarks.relaxed_accuracy("52.5", {"answer": "50"}).score == 1
     cases = []
     for _ in range(2000):
         gold = rng.choice([number(rng), number(rng), phrase(rng), rng.choice(ODD)])
         cases.append((rng.choice([reply_to(rng, gold), close_number(rng, gold)]),
                       {"answer": gold, "type": "x"}))
-    agree(score(benchmarks.relaxed), lambda reply, row: theirs(row, [reply])["relaxed_overall"], cases)
+    agree(score(benchmarks.relaxed_accuracy), lambda reply, row: theirs(row, [reply])["relaxed_overall"], cases)
 
 
 def test_vqa_accuracy_agrees_with_lmms_eval(harness):
@@ -213,7 +213,7 @@ def test_vqa_accuracy_agrees_with_lmms_eval(harness):
     agree(score(benchmarks.vqa_accuracy), lambda reply, row: theirs(row, [reply])["exact_match"], cases)
     normal = harness("_task_utils.vqa_eval_metric").EvalAIAnswerProcessor()
     texts = [reply for reply, _ in cases] + list(normal.CONTRACTIONS)
-    assert [text for text in texts if benchmarks.evalai(text) != normal(text)] == []
+    assert [text for text in texts if benchmarks.normalise_evalai(text) != normal(text)] == []
 
 
 def choice_rows(seed, n, most=4):
@@ -246,7 +246,7 @@ def test_mmstar_agrees_with_lmms_eval(harness):
     assert benchmarks.mmstar("A cat is on the mat, D", {"answer": "A"}).score == 1              # a quirk worth keeping
     cases = [(reply, {"answer": letter}) for *_, reply, _, _, letter in choice_rows(6, 3000)]
     phrases, rng = harness("lmms_eval.tasks._task_utils.mcq_extract")._ANSWER_PHRASES, random.Random(60)
-    assert set(benchmarks.SAID) == set(phrases)
+    assert set(benchmarks.ANSWER_PHRASES) == set(phrases)
     for words in 20 * phrases:
         reply = f"{phrase(rng)} {mangled(rng, words)} {rng.choice('ABCD')}{phrase(rng)}".strip()
         cases.append((reply, {"answer": rng.choice("ABCD")}))
@@ -387,12 +387,53 @@ def ocr_cases(seed, n):
 
 
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")                            # from parsing odd replies
-def test_ocrbench_types_agree_with_lmms_eval(harness):
+def test_ocrbench_types_agree_with_lmms_eval(harness, monkeypatch):
     theirs = harness("ocrbench_v2.utils").ocrbench_v2_process_results
     assert benchmarks.ocr_vqa("12345", {"answers": ["1"]}) == 1                                 # a quirk worth keeping
     cases = list(ocr_cases(10, 6000))
     agree(score(benchmarks.ocrbench), lambda reply, row: theirs(row, [reply])["ocrbench_v2_accuracy"]["score"], cases)
+    monkeypatch.setattr(benchmarks, "lmms_eval_scorer", lambda: None)                  # not installed
     assert benchmarks.ocrbench("x", {"type": "table parsing en"}).score is None
+    open_answer = {"type": "handwritten answer extraction cn", "question": "简答", "answers": ["x"]}
+    assert benchmarks.ocrbench("x", open_answer).score is None
+
+
+def test_with_lmms_eval_every_ocrbench_type_is_scored_and_the_headline_is_its_own(harness, monkeypatch, tmp_path, capsys):
+    """Distances between trees and texts are stand-ins: what is checked is which question gets which score."""
+    utils = harness("ocrbench_v2.utils")
+    monkeypatch.setattr(benchmarks, "lmms_eval_scorer", lambda: utils.ocrbench_v2_process_results)
+
+    def alike(a, b):
+        print("noise")
+        return random.Random(f"{a}|{b}").random()
+
+    for name in ("doc_parsing_evaluation", "spotting_evaluation"):
+        monkeypatch.setattr(utils, name, alike)
+    monkeypatch.setattr(utils, "teds", types.SimpleNamespace(evaluate=alike))
+    monkeypatch.setattr(utils, "extract_bounding_boxes_robust", lambda reply: reply)
+    monkeypatch.setattr(utils, "cal_per_metrics", lambda a, b: dict(
+        bleu=alike(a, b), meteor=0.5, f_measure=0.25, edit_dist=0.125))
+    others = ["table parsing en", "table parsing cn", "chart parsing en", "document parsing en", "document parsing cn",
+              "text translation cn", "fine-grained text recognition en", "full-page OCR en", "full-page OCR cn",
+              "text spotting en", "handwritten answer extraction cn"]
+    cases = list(ocr_cases(20, 300))
+    for i, kind in enumerate(20 * others):
+        cases.append((f"<table>{i}", dict(type=kind, question="简答 html", answers=[f"<table>{i % 7}"], eval=None,
+                                          bbox_list=[[1]], content=["x"])))
+    agree(score(benchmarks.ocrbench), lambda reply, row: utils.ocrbench_v2_process_results(
+        row, [reply])["ocrbench_v2_accuracy"]["score"], cases)
+    capsys.readouterr()
+    records = [E.with_score(dict(benchmark="ocrbench_v2", id=str(i), part=row["type"], image=[], row=row, answer=reply))
+               for i, (reply, row) in enumerate(cases)]
+    assert capsys.readouterr().out == ""
+    payloads = [dict(question_type=r["part"], score=r["score"]) for r in records]
+    theirs = utils.ocrbench_v2_aggregate_accuracy(payloads, types.SimpleNamespace(output_path=str(tmp_path)))
+    summary = E.summary({"m": records})
+    assert summary["scores"]["m"]["ocrbench_v2"]["score"] == pytest.approx(100 * theirs) and 0.1 < theirs < 0.9
+    assert summary["averages"]["m"]["fine"] == (1, summary["scores"]["m"]["ocrbench_v2"]["score"])
+    assert "coverage" not in E.table({"m": records})
+    row = dict(cases[-2][1])
+    assert row.pop("content") and benchmarks.ocrbench("x", row).score is None          # answers of an earlier version
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -676,7 +717,7 @@ def test_rows_are_made_what_the_metrics_read(tmp_path):
     with pytest.raises(ValueError, match="rows.jsonl#1 is no question of docvqa_val"):
         next(questions)
     begin = time.process_time()
-    benchmarks.fields_of("a" + " " * 3000 + "b")          # a pattern that goes back once too often takes minutes
+    benchmarks.parse_fields("a" + " " * 3000 + "b")          # a pattern that goes back once too often takes minutes
     assert time.process_time() - begin < 20
 
 
