@@ -42,6 +42,7 @@ from parts.benchmarks import BENCHMARKS, EMBEDDED, HARNESS_TOKENS, SYSTEM
 
 
 def json_rows(file):
+    """The objects of a JSONL file. Raises ValueError that names the line which is none."""
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -54,29 +55,33 @@ def json_rows(file):
                 yield row
 
 
-def read_rows(path):
-    """Yields (row, FILE#NUMBER) of JSONL or parquet: a file, a folder or a pattern.
+def parquet_rows(file):
+    try:
+        import pyarrow.parquet                             # optional: only for parquet
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=32):
+            yield from batch.to_pylist()
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as parquet: {error}") from None
 
-    Raises FileNotFoundError, and ValueError naming the line that is no JSON object."""
+
+def read_rows(path):
+    """Yields (row, FILE#NUMBER) of JSONL or parquet: a file, a folder or a pattern."""
     pattern = f"{path}/*" if Path(path).is_dir() else str(path)
     files = [str(path)] if Path(path).is_file() else sorted(glob.glob(pattern))
     files = [file for file in files if file.endswith((".jsonl", ".parquet"))]
     if not files:
         raise FileNotFoundError(f"{path} has no .jsonl or .parquet file")
     for file in files:
-        if file.endswith(".jsonl"):
-            rows = json_rows(file)
-        else:
-            import pyarrow.parquet                         # optional: only for parquet
-            batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=32)
-            rows = (row for batch in batches for row in batch.to_pylist())
+        rows = json_rows(file) if file.endswith(".jsonl") else parquet_rows(file)
         for number, row in enumerate(rows):
             yield row, f"{file}#{number}"
 
 
 def read_image(cell, folder):
     """A row's image (a path, bytes, or parquet's {"bytes", "path"}) -> RGB, upright."""
-    cell = cell.get("bytes") or cell["path"] if isinstance(cell, dict) else cell
+    cell = cell.get("bytes") or cell.get("path") if isinstance(cell, dict) else cell
+    if not isinstance(cell, (str, bytes)):
+        raise ValueError(f"{cell!r} is neither a path nor a file's bytes")
     with open_image(BytesIO(cell) if isinstance(cell, bytes) else Path(folder) / cell) as image:
         image = ImageOps.exif_transpose(image)             # as the package datasets does
         # Like lmms-eval, convert() shows what lies under transparent pixels; training shows white.
@@ -129,7 +134,7 @@ def file_questions(name, path, n):
         content = [{"type": "image"}] * len(images) + [{"type": "text", "text": record["question"]}]
         messages = [dict(role="system", content=[{"type": "text", "text": SYSTEM}]),
                     dict(role="user", content=content)]
-        yield record, Sample(record["id"], messages, images, name)
+        yield record, Sample(record["id"], messages, images, name, where=place)
 
 
 def file_record(name, row, number, place):
@@ -141,10 +146,13 @@ def file_record(name, row, number, place):
     kept = {column: row[column] for column in kept}
     if isinstance(kept.get("answers"), str):
         kept["answers"] = [kept["answers"]]
-    bench.metric("", kept)                         # what cannot be scored shows before it is asked
     record = dict(benchmark=name, id=str(row.get(bench.id, number)), part=bench.part(row),
                   question=question, image=[f"{place}#{column}" for column in columns],
                   gold=bench.gold(row), row=kept)
+    # What cannot be scored, merged with its rotated copies or written shows before it is asked.
+    bench.metric("", kept)
+    tally([{**record, "score": 0.0}], bench.overall)
+    json.dumps(record, ensure_ascii=False).encode()
     return record, cells
 
 
@@ -269,8 +277,8 @@ def skip_answered(questions, old, run, folder):
     Raises ValueError where a record answers another question, or was made by another run."""
     for record in old:
         asked, _ = next(questions, ({"id": None}, None))   # None: there are fewer questions now
-        asked = json.loads(json.dumps({**asked, "run": run}))      # as it was read back
-        if any(record.get(key) != value for key, value in asked.items()):
+        asked = {**asked, "run": run}                      # as JSON, where NaN equals NaN
+        if any(json.dumps(record.get(key)) != json.dumps(asked[key]) for key in asked):
             raise ValueError(f"{folder} holds an answer to another question, or of other weights "
                              f"or settings, than {record['model']} has here ({record['benchmark']} "
                              f"{record.get('id')}): go on with the same, or start anew without "
@@ -281,10 +289,19 @@ def skip_answered(questions, old, run, folder):
 def read_answers(file):
     """The records of an answers-MODEL.jsonl. Raises ValueError."""
     records = list(json_rows(file))
-    for r in records:
-        if not {"model", "benchmark", "answer", "row"} <= set(r):
+    for record in records:
+        try:
+            with_score(record)
+            known = FIELDS <= set(record) and "/" not in record["model"]   # it becomes a file's name
+        except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, SyntaxError):
+            known = False
+        if not known:
             raise ValueError(f"{file} is not a file of answers that this script wrote")
     return records
+
+
+FIELDS = {"model", "benchmark", "id", "part", "question", "image", "gold", "row", "answer", "unparsed",
+          "score"}
 
 
 def write_answers(folder, model, records, append=False):
@@ -528,7 +545,7 @@ def report(results, folder):
     if len(results) > 1:
         try:
             gallery(results, folder / "gallery.png")
-        except OSError as error:                           # answers may be judged far from their images
+        except Exception as error:                 # answers may be scored far from their images
             print(f"no gallery: {error}")
 
 
@@ -540,6 +557,8 @@ def rescored(files):
             new = with_score(record)
             changed += new["score"] != record["score"]
             results[new.pop("model")].append(new)
+    if not results:
+        raise ValueError(f"{', '.join(files)}: no answers")
     print(f"{changed} of {sum(map(len, results.values()))} scores changed")
     return results
 
@@ -589,9 +608,9 @@ def main(arguments=None):
         p.error("--rescore takes files of answers, each once, and no models or benchmarks")
     if not a.rescore and not a.models:
         p.error("give at least one model folder")
-    for name in ("n", "batch_size", "max_new_tokens"):
-        if (value := getattr(a, name)) is not None and value < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1, but is {value}")
+    for name, least in dict(n=1, batch_size=1, max_new_tokens=1, seed=0).items():
+        if (value := getattr(a, name)) is not None and value < least:
+            p.error(f"--{name.replace('_', '-')} must be at least {least}, but is {value}")
     benches = {name: path or None for name, _, path in (b.partition("=") for b in a.bench)}
     for name, path in benches.items():
         if name not in BENCHMARKS or (path is None) != (name in EMBEDDED):
@@ -611,6 +630,8 @@ def main(arguments=None):
         report(results, folder)
     except (BadSample, ValueError, OSError) as error:      # user errors end in a sentence
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("interrupted; with --resume the same command goes on after the last answers")
 
 
 if __name__ == "__main__":

@@ -678,7 +678,7 @@ def test_an_interrupted_evaluation_asks_only_what_is_left(folder, tmp_path, monk
     E.main([*flags, str(tmp_path / "b"), "--resume"])
     assert [s.id for s in asked] == [json.loads(line)["id"] for line in lines[8:]] and len(asked) == 4
     assert (tmp_path / "b" / file.name).read_text() == whole
-    for other in (["--seed", "3"], ["--max-new-tokens", "4"], ["--dtype", "bfloat16"]):
+    for other in (["--seed", "3"], ["--max-new-tokens", "4"], ["--dtype", "bfloat16"], ["--n", "5"]):
         with pytest.raises(SystemExit, match="an answer to another question, or of other weights or settings"):
             E.main([*flags, str(tmp_path / "b"), "--resume", *other])
     with pytest.raises(SystemExit, match="holds answers to reasoning too"):
@@ -688,12 +688,24 @@ def test_an_interrupted_evaluation_asks_only_what_is_left(folder, tmp_path, monk
     assert len(asked) == 16
 
 
+def test_a_resumed_answer_is_to_the_same_question_as_json_has_it():
+    """MMBench's missing options are NaN, which equals nothing, and tuples come back as lists."""
+    asked = dict(id="7", row={"C": float("nan"), "answers": ("a", "b"), "answer": "a"})
+    old = json.loads(json.dumps(dict(asked, run="x 16", model="m", benchmark="reading", answer="a")))
+    left = iter([(asked, None), (dict(asked, id="8"), None)])
+    E.skip_answered(left, [old], "x 16", "out")
+    assert next(left)[0]["id"] == "8"
+    for changed in (dict(asked, id="8"), dict(asked, row={}), dict(asked, gold="a")):
+        with pytest.raises(ValueError, match="out holds an answer to another question"):
+            E.skip_answered(iter([(changed, None)]), [old], "x 16", "out")
+
+
 def test_what_would_mislead_is_refused_before_it_is_answered(folder, tmp_path, capsys):
     other = shutil.copytree(folder, tmp_path / "other")
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     (other / "tokenizer.json").write_text(json.dumps(tokenizer, indent=1))
     for flags in ([folder, other], [folder, folder], [folder, tmp_path / "none"], [folder, "--n", "0"],
-                  [folder, "--batch-size", "0"], [folder, "--bench", "reading", "--bench", "reading"],
+                  [folder, "--batch-size", "0"], [folder, "--seed", "-1"], [folder, "--bench", "reading", "--bench", "reading"],
                   [folder, "--bench", f"docvqa_val={tmp_path}/empty.jsonl"], [folder, "--rescore", "a", "a"]):
         (tmp_path / "empty.jsonl").write_text("\n")
         with pytest.raises(SystemExit) as stop:
@@ -732,9 +744,44 @@ def test_what_cannot_be_read_is_named(tmp_path, capsys):
     Image.new("RGB", (9, 9)).save(tmp_path / "bad.png")
     with pytest.raises(ValueError, match="rows.jsonl line 2 is not a JSON object"):
         list(E.file_questions("ai2d", str(tmp_path), None))
-    with pytest.raises(SystemExit, match="is not a file of answers that this script wrote"):
-        (tmp_path / "rows.jsonl").write_text("{}\n")
+    for row, words in (({"question": None}, "is no question of ai2d"), ({"image": None}, "None is neither a path"),
+                       ({"question": "\ud800"}, "is no question of ai2d: .*surrogates")):
+        row = dict(question="?", options=["a"], answer=0, image="bad.png") | row
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        with pytest.raises(ValueError, match="rows.jsonl#0.* " + words):
+            list(E.file_questions("ai2d", str(tmp_path), None))
+    row = dict(question="?", index="a7", A="x", answer="A", image="bad.png")            # not a number: no copies of 7
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="rows.jsonl#0 is no question of mmbench_en_dev: .*a7"):
+        list(E.file_questions("mmbench_en_dev", str(tmp_path), None))
+    record = made_up("reading", [1])[0] | {"model": "c4"}
+    for change in (None, {"benchmark": "none"}, {"benchmark": []}, {"answer": 5}, {"row": {}}, {"model": "../c4"}):
+        (tmp_path / "rows.jsonl").write_text(json.dumps({} if change is None else record | change) + "\n")
+        with pytest.raises(SystemExit, match="is not a file of answers that this script wrote"):
+            E.main(["--rescore", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")])
+    (tmp_path / "rows.jsonl").write_text("\n")
+    with pytest.raises(SystemExit, match="rows.jsonl: no answers"):
         E.main(["--rescore", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")])
+
+
+def test_pictures_are_upright_and_keep_their_tones_and_what_lies_under_transparency(tmp_path):
+    """As lmms-eval: convert("RGB"). Training shows transparency white, and clips no tone."""
+    image = Image.new("RGBA", (4, 2), (10, 200, 30, 0))
+    image.save(tmp_path / "a.png")
+    assert set(E.read_image("a.png", tmp_path).getdata()) == {(10, 200, 30)}
+    assert set(E.read_image((tmp_path / "a.png").read_bytes(), "").getdata()) == {(10, 200, 30)}
+
+
+def test_eager_decoding_asks_for_no_graph(folder, monkeypatch):
+    from model import Qwen3VL
+    model, processor, asked = Qwen3VL.from_pretrained(folder), E.full_processor(folder), []
+    monkeypatch.setattr(model, "generate", lambda ids, *_, **more: asked.append(more) or [[] for _ in ids])
+    samples = list(mixed_samples())[:1]
+    E.answer(model, processor, samples)
+    E.answer(model, processor, samples, eager=True)
+    assert asked == [{"max_new_tokens": 32}, {"max_new_tokens": 32, "graph": False}]
+    E.evaluate_models({"m": model}, processor, 1, {"reading": None}, eager=True)
+    assert asked[-1] == {"max_new_tokens": 16, "graph": False}
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
