@@ -129,7 +129,7 @@ def file_questions(name, path, n):
             raise ValueError(f"{place} is no question of {name}: {error}") from None
         try:
             images = [read_image(cell, Path(place).parent) for cell in cells]
-        except Exception as error:                 # broken files let Pillow raise nearly anything
+        except Exception as error:                 # a broken file lets Pillow raise anything
             raise ValueError(f"{place}: its image cannot be read: {error}") from None
         content = [{"type": "image"}] * len(images) + [{"type": "text", "text": record["question"]}]
         messages = [dict(role="system", content=[{"type": "text", "text": SYSTEM}]),
@@ -140,6 +140,8 @@ def file_questions(name, path, n):
 def file_record(name, row, number, place):
     """A row -> its record, and its image cells."""
     bench = BENCHMARKS[name]
+    if not isinstance(row.get("question", ""), str):
+        raise TypeError(f"its question is {row['question']!r}")
     question, columns = bench.ask(row), bench.images(row)
     cells = [row[column] for column in columns]
     kept = [c.rstrip("?") for c in bench.keep.split() if c[-1] != "?" or c[:-1] in row]
@@ -216,7 +218,8 @@ def evaluate_models(models, processor, n=None, benches=None, seed=0, batch_size=
     max_new_tokens: a cap below each benchmark's own.
     keep: a folder in which answers-MODEL.jsonl grows as replies come, for they may take hours.
     page: cells on a side of an embedded page.
-    resume: go on after the answers in `keep`; ValueError if they are to other questions."""
+    resume: go on after the answers in `keep`; ValueError if they are to other questions.
+    eager: without CUDA graphs."""
     benches, results = benches or dict.fromkeys(EMBEDDED[:2]), {}
     for name, path in benches.items():             # a missing column shows before the first answer
         if path is not None and next(file_questions(name, path, 1), None) is None:
@@ -237,7 +240,8 @@ def evaluate_models(models, processor, n=None, benches=None, seed=0, batch_size=
                          file_questions(name, path, n))
             sees = processor if path is None else harness_processor(processor)
             old = [r for r in answered[model_name] if r["benchmark"] == name]
-            results[model_name] += skip_answered(questions, old, f"{weights} {limit}", keep)
+            skip_answered(questions, old, f"{weights} {limit}", keep)
+            results[model_name] += old
             while window := list(itertools.islice(questions, 8 * batch_size)):     # images at once
                 records, samples = zip(*window)
                 replies = answer(model, sees, samples, batch_size, limit, f"{model_name}: {name}",
@@ -264,7 +268,7 @@ def resumed_answers(folder, model, benches):
     if not file.exists():
         return []
     os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
-    records = read_answers(file)
+    records, _ = read_answers(file)
     if others := {record["benchmark"] for record in records} - set(benches):
         raise ValueError(f"{folder} holds answers to {', '.join(sorted(others))} too: ask for all "
                          "of it, or choose another --out")
@@ -272,7 +276,7 @@ def resumed_answers(folder, model, benches):
 
 
 def skip_answered(questions, old, run, folder):
-    """Takes the questions of the records `old` off the front; returns the records, scored anew.
+    """Takes the questions that the records `old` answer off the front.
 
     Raises ValueError where a record answers another question, or was made by another run."""
     for record in old:
@@ -281,27 +285,25 @@ def skip_answered(questions, old, run, folder):
         if any(json.dumps(record.get(key)) != json.dumps(asked[key]) for key in asked):
             raise ValueError(f"{folder} holds an answer to another question, or of other weights "
                              f"or settings, than {record['model']} has here ({record['benchmark']} "
-                             f"{record.get('id')}): go on with the same, or start anew without "
+                             f"{record['id']}): go on with the same, or start anew without "
                              "--resume")
-    return [with_score(record) for record in old]
 
 
 def read_answers(file):
-    """The records of an answers-MODEL.jsonl. Raises ValueError."""
-    records = list(json_rows(file))
-    for record in records:
+    """The records of an answers-MODEL.jsonl, scored anew, and how many scores changed."""
+    fields = {"model", "benchmark", "id", "part", "question", "image", "gold", "row", "answer"}
+    records, changed = [], 0
+    for record in json_rows(file):
         try:
-            with_score(record)
-            known = FIELDS <= set(record) and "/" not in record["model"]   # it becomes a file's name
+            new = with_score(record)
+            ours = fields <= set(record) and "/" not in record["model"]   # it becomes a file's name
         except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, SyntaxError):
-            known = False
-        if not known:
+            ours = False
+        if not ours:
             raise ValueError(f"{file} is not a file of answers that this script wrote")
-    return records
-
-
-FIELDS = {"model", "benchmark", "id", "part", "question", "image", "gold", "row", "answer", "unparsed",
-          "score"}
+        changed += new["score"] != record.get("score")
+        records.append(new)
+    return records, changed
 
 
 def write_answers(folder, model, records, append=False):
@@ -550,13 +552,13 @@ def report(results, folder):
 
 
 def rescored(files):
-    """Records of answers-*.jsonl files, judged again -> {model: records}; says how many changed."""
+    """answers-*.jsonl files -> {model: records}, scored anew; says how many scores changed."""
     results, changed = defaultdict(list), 0
     for file in files:
-        for record in read_answers(file):
-            new = with_score(record)
-            changed += new["score"] != record["score"]
-            results[new.pop("model")].append(new)
+        records, more = read_answers(file)
+        changed += more
+        for record in records:
+            results[record["model"]].append(record)
     if not results:
         raise ValueError(f"{', '.join(files)}: no answers")
     print(f"{changed} of {sum(map(len, results.values()))} scores changed")
