@@ -31,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mamba2 import RecurrentMixer
-from parts.fast import delta_scan, fla_rule, fused
+from parts.fast import delta_scan, fused
 
 # ---------------------------------------------------------------------------------------------------------
 # The delta rule: one step, then whole sequences
@@ -90,8 +90,6 @@ def delta_rule(q, k, v, log_a, beta, state=None, mask=None, chunk=None):
     if mask is not None:
         log_a, beta = (z.masked_fill(~mask[..., None], 0.0) for z in (log_a, beta))
     with torch.autocast(v.device.type, enabled=False):
-        if fused := fla_rule(q, k, v, log_a, beta, state):
-            return fused
         if T > 1:
             return delta_scan(q, k, v, log_a, beta, state, chunk)
         y, state = step(*(z[:, 0] for z in (q, k, v, log_a, beta)), state)

@@ -10,8 +10,8 @@ the backward pass. On a CPU a chunk stays in cache, which is what makes it fast.
 launches, whatever a chunk holds: there a block of n chunks is one more batch dimension, and only the state between them is
 handed on. Products are then of the inputs' dtype, with sums in fp32.
 
-On a GPU, `fused` functions are compiled by torch.compile (HEED_COMPILE=0 leaves them as they are), and where mamba-ssm,
-causal-conv1d or flash-linear-attention is installed their kernels are used (HEED_KERNELS=0 leaves them out).
+On a GPU, `fused` functions are compiled by torch.compile (HEED_COMPILE=0 leaves them as they are), and where mamba-ssm
+or causal-conv1d is installed their kernels are used (HEED_KERNELS=0 leaves them out).
 
 Letters: B batch, T positions, H heads, G key/value groups, P head dim, N state dim, Q chunk, n chunks in a block,
 bh = B * H, rows = bh * n; a dot stands for P or N.
@@ -348,13 +348,14 @@ class BlockScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, block, Q, n, sequences, *inputs):
         ctx.block, ctx.Q, ctx.sequences = block, Q, sequences
-        ctx.blocks, parts, states = blocks(inputs[0].shape[1], Q, n), [], [inputs[sequences]]
+        ctx.blocks, ys, states = blocks(inputs[0].shape[1], Q, n), [], [inputs[sequences]]
         for at in ctx.blocks:
-            y, state = run_block(ctx, at, inputs, states[-1])
-            parts.append(y)
+            pieces = [z[:, at] for z in inputs[:sequences]]
+            y, state = block(*pieces, states[-1], *inputs[sequences + 1:], min(Q, at.stop - at.start))
+            ys.append(y)
             states.append(state)
         ctx.save_for_backward(*inputs, *states[1:-1])
-        return torch.cat(parts, 1), states[-1]
+        return torch.cat(ys, 1), states[-1]
 
     @staticmethod
     @once_differentiable
@@ -378,11 +379,6 @@ class BlockScan(torch.autograd.Function):
             dstate = found[m]
         grads[m] = dstate
         return None, None, None, None, *grads
-
-
-def run_block(ctx, at, inputs, state):
-    m = ctx.sequences
-    return ctx.block(*(z[:, at] for z in inputs[:m]), state, *inputs[m + 1:], min(ctx.Q, at.stop - at.start))
 
 
 def chunks_at_once(bh, Q):
@@ -599,20 +595,3 @@ def mamba_ssm_step(x, dt, A, B, C, D, state):
     bias = torch.zeros_like(A)[:, None].expand(-1, P)
     dt, A, D = dt[..., None].expand(-1, -1, P), A[:, None, None].expand(-1, P, N), D[:, None].expand(-1, P)
     return kernels.selective_state_update(state, x, dt, A, B, C, D=D, dt_bias=bias).to(y_dtype), state
-
-
-def fla_rule(q, k, v, log_a, beta, state):
-    """`delta_scan`, or gdn.step where T is 1, by flash-linear-attention; None where it cannot serve.
-
-    q comes scaled, beta and log_a masked. The kernels want as many heads of k as of q, so k and v are repeated, head by
-    whole head, and hold the state as (B,H,N,P); the one-step kernel has no backward pass, so it serves decoding only.
-    """
-    kernels = kernel("fla.ops.gated_delta_rule", v)
-    if not kernels:
-        return None
-    k, v = (z.repeat_interleave(q.shape[2] // z.shape[2], dim=2) for z in (k, v))       # (B, T, H, .)
-    decode = q.shape[1] == 1 and not torch.is_grad_enabled()
-    run = kernels.fused_recurrent_gated_delta_rule if decode else kernels.chunk_gated_delta_rule
-    y, state = run(q=q.to(v.dtype), k=k.to(v.dtype), v=v, g=log_a, beta=beta, scale=1.0,
-                   initial_state=state.mT.contiguous(), output_final_state=True)
-    return y.to(v.dtype), state.mT.to(log_a.dtype)

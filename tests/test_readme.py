@@ -1,15 +1,15 @@
 """README.md keeps its word: its anchors point where they say, its commands parse, its worked example works."""
+import json
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from paper import reproduce
-from model import Config, Qwen3VL, TextConfig, VisionConfig, mixer_class, to_hybrid
+from model import Config, Qwen3VL, TextConfig, VisionConfig, to_hybrid
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -52,21 +52,17 @@ def test_every_command_of_the_readme_uses_flags_that_exist():
         assert flags <= known, f"{command} has no {flags - known}"
 
 
-@pytest.fixture
-def example(tmp_path):
-    source = re.search(r"```python\n(# mymixer.py.*?)```", README, re.S).group(1)
-    (tmp_path / "mymixer.py").write_text(source)
-    return f"{tmp_path}/mymixer.py:MyMixer"
+EXAMPLE = f"{ROOT}/examples/mean_mixer.py:MeanMixer"
 
 
-def test_the_worked_mixer_is_what_it_says_and_keeps_its_state(example):
+def test_the_worked_mixer_is_what_it_says_and_keeps_its_state():
     torch.manual_seed(0)
     text = TextConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
                       num_key_value_heads=2, head_dim=8, mrope_section=[2, 1, 1])
     vision = VisionConfig(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, patch_size=4, out_hidden_size=32,
                           num_position_embeddings=16, deepstack_visual_indexes=[0])
     teacher = Qwen3VL(Config(text=text, vision=vision, image_token_id=49, video_token_id=48)).double().eval()
-    student = to_hybrid(teacher, example)
+    student = to_hybrid(teacher, EXAMPLE)
     mixer, x = student.layers[0].self_attn, torch.randn(2, 7, 32, dtype=torch.double)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]]).bool()
     with torch.no_grad():
@@ -82,7 +78,18 @@ def test_the_worked_mixer_is_what_it_says_and_keeps_its_state(example):
         b, end = mixer(x[:, 3:], mask[:, 3:], half)
     assert torch.allclose(torch.cat((a, b), 1)[mask], y[mask], atol=1e-12)
     assert all(torch.allclose(p, q, atol=1e-12) for p, q in zip(end, state))
-    assert mixer_class(example) is not None
+
+
+def test_the_worked_mixer_trains(tmp_path):
+    """Through all three stages, as its own words command it, and loads again."""
+    import distill
+    distill.main(["--cond", "c4", "--mixer", EXAMPLE, "--tokens", "8000", "--questions", "0", "--threads", "1",
+                  "--out", str(tmp_path)])
+    losses = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in losses} == {"stage 1", "stage 2", "stage 3"}
+    assert losses[-1]["kl"] < losses[[line["stage"] for line in losses].index("stage 3")]["kl"]
+    student = Qwen3VL.from_pretrained(tmp_path)
+    assert type(student.layers[0].self_attn).__name__ == "MeanMixer"
 
 
 def test_the_readme_has_no_unfinished_place():
