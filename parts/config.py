@@ -1,6 +1,8 @@
-"""config.json of a Qwen3-VL (dense): read strictly, with every fault named by file and field, and written again.
+"""config.json of a Qwen3-VL (dense): read strictly, with every fault named by file and field, and
+written again.
 
-Field names are those of the file. Its letters, as everywhere: D model width, H heads, G key/value groups, P head dim.
+Field names are those of the file. Its letters, as everywhere: D model width, H heads, G key/value
+groups, P head dim.
 """
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -11,7 +13,7 @@ def read_object(path):
     """The JSON object in a file. Raises ValueError with the file's name."""
     try:
         value = json.loads(Path(path).read_text())
-    except (ValueError, RecursionError) as error:         # not JSON, not UTF-8, or nested beyond reason
+    except (ValueError, RecursionError) as error:     # not JSON, not UTF-8, or nested beyond reason
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")
@@ -22,7 +24,7 @@ def is_count(value):
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2 ** 31
 
 
-KINDS = {                       # of a dataclass's fields: what a value must be, in code and in words
+KINDS = {                      # of a dataclass's fields: what a value must be, in code and in words
     int: (is_count, "a positive whole number"),
     float: (lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < float("inf"), "a positive number"),
     list: (lambda v: isinstance(v, list) and all(n == 0 or is_count(n) for n in v), "a list of whole numbers"),
@@ -30,7 +32,8 @@ KINDS = {                       # of a dataclass's fields: what a value must be,
 
 
 def fill(kind, values, where):
-    """A dataclass whose every field stands in the JSON object `values`. Raises ValueError naming file and field."""
+    """A dataclass whose every field stands in the JSON object `values`. Raises ValueError naming
+    file and field."""
     if not isinstance(values, dict):
         raise ValueError(f"{where} is missing or no object")
     for f in fields(kind):
@@ -82,12 +85,12 @@ class Config:
     vision_end_token_id: int = 151653
     tie_word_embeddings: bool = False
     eos_token_id: list = field(default_factory=lambda: [151645, 151643])
-    hybrid: Optional[dict] = None            # {"mixer": word or FILE.py:CLASS, "layers": replaced layers (S)}
+    hybrid: Optional[dict] = None  # {"mixer": word or FILE.py:CLASS, "layers": replaced layers (S)}
 
     @classmethod
     def from_folder(cls, folder):
-        """Reads config.json, and the end of an answer from generation_config.json. Raises ValueError naming file and
-        field on what is missing, malformed or not implemented."""
+        """Reads config.json, and the end of an answer from generation_config.json. Raises
+        ValueError naming file and field on what is missing, malformed or not implemented."""
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
@@ -96,7 +99,8 @@ class Config:
             raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}, but only the dense qwen3_vl is "
                              "implemented")
         text, vision = (raw[k] if isinstance(raw.get(k), dict) else {} for k in ("text_config", "vision_config"))
-        # The rope settings are spelled rope_scaling by released checkpoints, rope_parameters by transformers 5.
+        # The rope settings are spelled rope_scaling by released checkpoints, rope_parameters by
+        # transformers 5.
         rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
         text = {**text, **{k: rope[k] for k in ("rope_theta", "mrope_section") if k in rope}}
         for part, key, ours in ((rope, "rope_type", "default"), (text, "hidden_act", "silu"),
@@ -132,7 +136,8 @@ class Config:
 
 
 def check_shapes(config, path):
-    """Refuses numbers that fit no model, before anything is built from them. config: a model.Config."""
+    """Refuses numbers that fit no model, before anything is built from them. config: a
+    model.Config."""
     t, v = config.text, config.vision
     side = round(v.num_position_embeddings ** 0.5)
     rules = [
