@@ -1,6 +1,6 @@
-"""What may go wrong around a run: a second run in its folder, damaged checkpoints, changed inputs, signals, a full
-disk. Whatever happens, the same command then ends with the bits of a run that nothing happened to. Run: pytest
-tests/test_loop.py"""
+"""What may go wrong around a run: a second run in its folder, damaged checkpoints, changed inputs, signals,
+a full disk. Whatever happens, the same command then ends with the bits of a run that nothing happened to.
+Run: pytest tests/test_loop.py"""
 import io
 import json
 import os
@@ -162,7 +162,7 @@ def test_a_signal_ends_a_run_after_its_step(teacher, tmp_path, straight, monkeyp
     os.killpg(process[0].pid, number)
     assert ended(process) == [128 + number]
     said, done = (out / "said0").read_text(), len(log(out))
-    assert "Traceback" not in said and f"stopped after step {done}, which is saved in {out}: the same command" in said
+    assert f"stopped after step {done}, which is saved in {out}: the same command" in said and "Traceback" not in said
     assert 2 <= done < len(log(straight)) and checkpoint(out)["step"] == done
     train(settings(teacher, out, **EIGHT), monkeypatch)
     same_end(out, straight)
@@ -208,7 +208,8 @@ def test_ctrl_c_while_a_model_loads_is_one_sentence(teacher, tmp_path, monkeypat
         monkeypatch.setattr(sft_dpo, "load_model", interrupted)
         with pytest.raises((SystemExit, KeyboardInterrupt)) as stop:
             main(argv)
-        assert stop.type is SystemExit and stop.value.code == 130 and "interrupted: the same command" in capsys.readouterr().err
+        assert stop.type is SystemExit and stop.value.code == 130
+        assert "interrupted: the same command" in capsys.readouterr().err
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------
@@ -244,24 +245,24 @@ def blank(out, last):
     shutil.rmtree(out / last)
 
 
-DAMAGE = dict(cut=(cut, "is damaged (state.pt cannot be read"), flip=(flip, "is damaged (the checksum of"),
-              empty=(empty, "is damaged (state.pt cannot be read"), lose=(lose, "is damaged (there is no state.pt)"),
-              other=(other, "is damaged (it has no parameters)"), blank=(blank, "is damaged (there is no state.pt)"))
+DAMAGE = {cut: "is damaged (state.pt cannot be read", flip: "is damaged (the checksum of",
+          empty: "is damaged (state.pt cannot be read", lose: "is damaged (there is no state.pt)",
+          other: "is damaged (it has no parameters)", blank: "is damaged (there is no state.pt)"}
 
 
 def test_a_run_goes_back_over_a_damaged_checkpoint_and_says_so(teacher, tmp_path, straight, monkeypatch, capsys):
     died = tmp_path / "died"
     begin_and_die(settings(teacher, died, **EIGHT), monkeypatch)
     last, before = steps(died)
-    for name, (harm, says) in DAMAGE.items():
-        out = tmp_path / name
+    for harm, says in DAMAGE.items():
+        out = tmp_path / harm.__name__
         shutil.copytree(died, out)
         harm(out, last)
         argv = settings(teacher, out, **EIGHT)
         capsys.readouterr()
         train(argv, monkeypatch)
         said = capsys.readouterr().out
-        assert says in said and f"going back to {before}" in said and (name == "blank" or last in said), name
+        assert says in said and f"going back to {before}" in said and (harm is blank or last in said), harm
         same_end(out, straight)
         train(argv, monkeypatch)                          # and all is well again
         assert "damaged" not in capsys.readouterr().out
@@ -298,7 +299,7 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing(teacher, tmp_path, straig
     assert f"{out}/step_" in said and "cannot be written (File too large)" in said and "stays" in said
     assert 0.7 * size < needed <= size
     assert steps(out) == kept and checkpoint(out)["step"] == before and not list(out.glob("*.tmp"))
-    monkeypatch.setattr(loop, "tqdm", partial(loop.tqdm, file=io.StringIO()))  # pytest has a file for it, limited too
+    monkeypatch.setattr(loop, "tqdm", partial(loop.tqdm, file=io.StringIO()))            # not pytest's file
     said = limited(argv, checkpoint(out)["log_size"] + 50)
     assert f"{out}/log.jsonl cannot be written (File too large)" in said
     train(argv, monkeypatch)
@@ -342,7 +343,8 @@ def test_a_run_goes_on_with_the_files_it_began_with_and_no_others(teacher, tmp_p
         assert before != bytes(content)
         file.write_bytes(content)
         data = source if kind == "file" else recipe
-        assert f"began with another {file}: go on" in refusal(settings(model, out[kind], data=data, **few), monkeypatch)
+        said = refusal(settings(model, out[kind], data=data, **few), monkeypatch)
+        assert f"began with another {file}: go on" in said
         file.write_bytes(before)
     for kind, data in (("file", source), ("recipe", recipe)):
         train(settings(model, out[kind], data=data, **few), monkeypatch)
