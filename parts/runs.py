@@ -2,8 +2,8 @@
 
     .lock               who works here; held by the kernel until that process ends
     log.jsonl           a line a step
-    step_N/state.pt     a checkpoint: the folder appears whole, then `latest` names it; the one before
-                        is kept, for the day when the last one is damaged
+    step_N/state.pt     a checkpoint: the folder appears whole, then `latest` names it; the one
+                        before is kept, for the day when the last one is damaged
 
 What is wrong raises ValueError, and what the disk refuses OSError, with one sentence each.
 """
@@ -39,16 +39,16 @@ def lock(out, make):
         return None
     file = open(out / ".lock", "a+")
     try:
-        # Not flock: what belongs to the process alone does not live on in data workers it left behind.
-        import fcntl
+        import fcntl                                # not in Windows
+        # Not flock, which data workers inherit: it would outlive the process by some seconds.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (ImportError, OSError) as error:
         if getattr(error, "errno", None) not in (errno.EACCES, errno.EAGAIN):
-            print(f"{out} cannot be locked here ({error}): see to it that no second run writes into it")
+            print(f"{out} cannot be locked here ({error}): see to it that no other run writes into it")
             return file
         file.seek(0)
-        raise ValueError(f"{out} is in use by {file.read().strip() or 'another process'}: wait until "
-                         "it ends, or choose another --out") from None
+        raise ValueError(f"{out} is in use by {file.read().strip() or 'another process'}: wait until it "
+                         "ends, or choose another --out") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -63,8 +63,8 @@ def fingerprint(path, blocks=256, block=4096, small=2 ** 24):
     """sha256 (hex) of a file's length and content: all of it up to 16 MiB, beyond that 256 evenly
     spaced blocks of 4 KiB, the first and the last bytes among them.
 
-    So it costs a MiB of reading at most, and in a file of terabytes it misses what changes no length
-    and lies between the blocks. Nor does it see what a file only names, such as a sample's images.
+    So terabytes cost a MiB of reading; what it misses in a large file is a change that keeps the
+    length and lies between the blocks. Nor does it see what a file only names, as a sample's images.
     """
     size = os.path.getsize(path)
     found = hashlib.sha256(str(size).encode())
@@ -96,25 +96,27 @@ def files_of(path):
 
 def fingerprints(s):
     """{file: fingerprint} of what the settings `s` name and the run reads."""
-    named = [getattr(s, flag, "") for flag in ("data", "density_cache", "model", "teacher", "mixer")]
+    flags = ("data", "density_cache", "model", "teacher", "mixer")
+    named = [getattr(s, flag, "") for flag in flags]
     paths = [name.rpartition(":")[0] if ".py:" in name else name for name in named if name]
     return {str(file): fingerprint(file) for path in paths for file in files_of(path)}
 
 
 def refuse_changes(s, inputs, state):
-    """Raises ValueError when the checkpoint `state` is of a run with other settings than `s`, of those
-    that decide its end, or with other files than those of `inputs`."""
-    began = {f.name: f.default for f in fields(s)} | state["settings"]       # new flags had defaults
+    """Raises ValueError when the checkpoint `state` is of a run with other settings than `s` (of those
+    that decide its end), or with other files than those of `inputs`."""
+    began = {f.name: f.default for f in fields(s)} | state["settings"]      # new flags had defaults
     flags = {f.name: "--" + f.name.replace("_", "-") for f in fields(s) if f.metadata["decides"]}
-    changed = [f"{flag} {began[name]} there, {getattr(s, name)} here" for name, flag in flags.items()
-               if began[name] != getattr(s, name)]
+    changed = [f"{flag} {began[name]} there, {getattr(s, name)} here"
+               for name, flag in flags.items() if began[name] != getattr(s, name)]
     if changed:
         raise ValueError(f"{s.out} holds a run with other settings ({'; '.join(changed)}): go on "
                          "with those, or choose another --out")
     theirs = state.get("inputs", inputs)                  # older checkpoints have none
     if changed := [file for file in theirs | inputs if theirs.get(file) != inputs.get(file)]:
-        raise ValueError(f"{s.out} holds a run that began with another {' and another '.join(changed)}"
-                         ": go on with what was there, or choose another --out")
+        others = " and another ".join(changed)
+        raise ValueError(f"{s.out} holds a run that began with another {others}: go on with what was "
+                         "there, or choose another --out")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -135,12 +137,12 @@ def append_log(out, entry):
 
 @contextmanager
 def writing(path, size):
-    """What the disk refuses inside becomes an OSError of one sentence, with the path and about how many
-    bytes it needs."""
+    """What the disk refuses inside becomes an OSError of one sentence, with the path and about how
+    many bytes it needs."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        # torch hides the system's error behind one of its own, safetensors has it in its text alone.
+        # torch hides the system's error behind its own, safetensors has it in its text alone.
         cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(cause, OSError):
             why = cause.strerror or cause
@@ -149,8 +151,9 @@ def writing(path, size):
         else:
             raise
         free = shutil.disk_usage(path.parent).free
-        raise OSError(f"{path} cannot be written ({why}): it needs about {size:,} bytes, and {free:,} are "
-                      "free. What was saved before stays, and the same command goes on from it") from error
+        raise OSError(f"{path} cannot be written ({why}): it needs about {size:,} bytes, and {free:,} "
+                      "are free. What was saved before stays, and the same command goes on from it"
+                      ) from error
 
 
 def write_text(path, text):
@@ -164,8 +167,8 @@ def write_text(path, text):
 
 
 def save_checkpoint(out, step, state):
-    """Writes `state` as out/step_<step>. Whatever dies on the way, `latest` names a whole checkpoint;
-    where the disk refuses, what was half written is removed."""
+    """Writes `state` as out/step_<step>. Whatever dies on the way, `latest` names a whole checkpoint.
+    Where the disk refuses, what was half written is removed."""
     folder, temporary, latest = out / f"step_{step}", out / f"step_{step}.tmp", out / "latest"
     before = latest.read_text() if latest.exists() else ""
     if folder.name == before:                       # a stage border right after a save
@@ -222,8 +225,8 @@ def find_checkpoint(out):
     latest = out / "latest"
     if not latest.exists():
         if (out / "config.json").exists():
-            raise ValueError(f"{out} holds a model that no run of this script began: choose another "
-                             "--out")
+            raise ValueError(f"{out} holds a model that no run of this script began: choose "
+                             "another --out")
         return None
     last = out / (latest.read_text(errors="replace").strip("\0\n ") or "step_?")
     others = [path for path in out.glob("step_[0-9]*") if path.name[5:].isdigit() and path != last]
@@ -236,8 +239,8 @@ def find_checkpoint(out):
                 write_text(latest, folder.name)
             return folder
         faults.append(f"{folder.name} is damaged ({why})")
-    raise ValueError(f"{out} has lost its last checkpoints: {'; '.join(faults)}; what is in it cannot be "
-                     "gone on from; choose another --out")
+    raise ValueError(f"{out} has lost its last checkpoints: {'; '.join(faults)}; what is in it cannot "
+                     "be gone on from; choose another --out")
 
 
 def last_checkpoint(out):
@@ -249,8 +252,8 @@ def last_checkpoint(out):
 
 
 class Interruptible:
-    """Inside, Ctrl-C and SIGTERM, which schedulers send before a kill, set `signal` instead of ending
-    the process, so that a step can be finished and saved. A second one ends it at once."""
+    """Inside, Ctrl-C and SIGTERM, which schedulers send before a kill, set `signal` instead of
+    ending the process, so that a step can be finished and saved. A second one ends it at once."""
 
     def __init__(self, says):
         self.says, self.signal, self.since = says, 0, 0.0
@@ -277,8 +280,8 @@ class Interruptible:
     def end(self, step, out):
         """Ends the process, after this step was saved, with the code that is usual for its signal."""
         if self.says:
-            print(f"stopped after step {step}, which is saved in {out}: the same command goes on from "
-                  "there", file=sys.stderr)
+            print(f"stopped after step {step}, which is saved in {out}: the same command goes on "
+                  "from there", file=sys.stderr)
         sys.exit(128 + (self.signal or signal.SIGTERM))              # another rank may have got it
 
 
