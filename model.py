@@ -17,7 +17,7 @@ What sits in a decoder layer's `self_attn` slot is a *mixer*; attention is one, 
 
     code         what it is                                          shape
     ids          token ids, image placeholders included              (B, T)
-    mask         True at real positions, False at padding            (B, T) bool, or None: nothing to hide
+    mask         True at real positions, False at padding            (B, T) bool, or None
     pixels       flattened patches of all images, in reading order   (patches, 3 * 2 * ps * ps)
     grids        [t, h, w] of each image, counted in patches         (images, 3)
     rope         cos and sin of the interleaved MRoPE angles         2 x (B, T, P)
@@ -51,26 +51,25 @@ from parts.fast import SwiGLU, norm_rotate, rms_norm, rotate
 class VisionOut(NamedTuple):
     tokens: torch.Tensor            # (visual tokens, D)  replace the placeholder embeddings
     deepstack: list                 # of (visual tokens, D), added after decoder layers 0, 1, 2, ...
-    patches: torch.Tensor           # (patches, Dv)  last ViT block, before the merger: what density.py measures
+    patches: torch.Tensor           # (patches, Dv)  last ViT block: what density.py measures
 
 
 def block_order(h, w, m):
-    """Rows and columns of an h x w patch grid in merge-block order: m*m consecutive patches are one
-    token."""
-    row = rearrange(torch.arange(h).view(h, 1).expand(h, w), "(bh mh) (bw mw) -> (bh bw mh mw)", mh=m, mw=m)
-    col = rearrange(torch.arange(w).view(1, w).expand(h, w), "(bh mh) (bw mw) -> (bh bw mh mw)", mh=m, mw=m)
-    return row, col
+    """Rows and columns of an h x w patch grid, every m * m consecutive patches one token."""
+    both = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
+    return rearrange(both, "two (bh mh) (bw mw) -> two (bh bw mh mw)", mh=m, mw=m)
 
 
 class PatchEmbed(nn.Module):
     def __init__(self, c):
         super().__init__()
         kernel = (c.temporal_patch_size, c.patch_size, c.patch_size)
-        self.proj = nn.Conv3d(c.in_channels, c.hidden_size, kernel, stride=kernel)      # holds the weights
+        self.proj = nn.Conv3d(c.in_channels, c.hidden_size, kernel, stride=kernel)
 
     def forward(self, pixels):                                                      # (N, 3*2*ps*ps)
         # Kernel = stride, so the convolution is a matrix product, which is far faster in bf16.
-        return F.linear(pixels.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
+        weight = self.proj.weight.flatten(1)
+        return F.linear(pixels.to(weight.dtype), weight, self.proj.bias)
 
 
 class VisionAttention(nn.Module):
@@ -88,9 +87,9 @@ class VisionAttention(nn.Module):
             parts = [rearrange(t, "(f n) h p -> f h n p", n=lengths[0]) for t in (q, k, v)]
             y = rearrange(F.scaled_dot_product_attention(*parts), "f h n p -> (f n) (h p)")
         else:                                             # a patch sees only its own frame
-            frames = zip(*(rearrange(t, "n h p -> h n p").split(lengths, dim=1) for t in (q, k, v)))
-            y = torch.cat([rearrange(F.scaled_dot_product_attention(*(t[None] for t in f))[0], "h n p -> n (h p)")
-                           for f in frames])
+            frames = zip(*(rearrange(t, "n h p -> 1 h n p").split(lengths, dim=2) for t in (q, k, v)))
+            y = [F.scaled_dot_product_attention(*frame) for frame in frames]
+            y = rearrange(torch.cat(y, dim=2), "1 h n p -> n (h p)")
         return self.proj(y)
 
 
@@ -130,8 +129,8 @@ class Merger(nn.Module):
         self.linear_fc2 = nn.Linear(self.width, c.out_hidden_size)
 
     def forward(self, x):                                                               # (N, Dv)
-        x = self.norm(x.view(-1, self.width)) if self.norm_after else self.norm(x).view(-1, self.width)
-        return self.linear_fc2(F.gelu(self.linear_fc1(x)))     # the exact GELU here, tanh in the ViT blocks
+        x = self.norm(x.view(-1, self.width) if self.norm_after else x).view(-1, self.width)
+        return self.linear_fc2(F.gelu(self.linear_fc1(x)))  # the exact GELU; ViT blocks have tanh's
 
 
 class VisionTower(nn.Module):
@@ -142,14 +141,14 @@ class VisionTower(nn.Module):
         self.pos_embed = nn.Embedding(c.num_position_embeddings, c.hidden_size)
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
         self.merger = Merger(c, norm_after=False)
-        self.deepstack_merger_list = nn.ModuleList(Merger(c, norm_after=True) for _ in c.deepstack_visual_indexes)
+        self.deepstack_merger_list = nn.ModuleList(
+            Merger(c, norm_after=True) for _ in c.deepstack_visual_indexes)
 
     def positions(self, h, w):
-        """Learned position embedding of an h x w grid, bilinear in a square table, both corners
-        aligned."""
-        side = round(self.config.num_position_embeddings ** 0.5)
+        """Learned position embedding of an h x w grid: bilinear in a square table, corners aligned."""
+        side, device = round(self.config.num_position_embeddings ** 0.5), self.pos_embed.weight.device
         row, col = block_order(h, w, self.config.spatial_merge_size)
-        y, x = (torch.linspace(0, side - 1, n)[i].to(self.pos_embed.weight.device) for n, i in ((h, row), (w, col)))
+        y, x = (torch.linspace(0, side - 1, n)[i].to(device) for n, i in ((h, row), (w, col)))
         y0, x0 = y.floor().long(), x.floor().long()
         y1, x1 = (y0 + 1).clamp(max=side - 1), (x0 + 1).clamp(max=side - 1)
         fy, fx = (y - y0)[:, None], (x - x0)[:, None]
@@ -170,13 +169,15 @@ class VisionTower(nn.Module):
         frames = [(h, w) for t, h, w in grids.tolist() for _ in range(t)]
         lengths = [h * w for h, w in frames]
         if sum(lengths) != len(pixels):
-            raise ValueError(f"grids describe {sum(lengths)} patches, but pixels has {len(pixels)} rows")
+            raise ValueError(f"grids describe {sum(lengths)} patches, but pixels has "
+                             f"{len(pixels)} rows")
         m = self.config.spatial_merge_size
-        if odd := [(h, w) for h, w in frames if h % m or w % m]:
-            raise ValueError(f"a grid of {odd[0][0]} x {odd[0][1]} patches has no whole {m} x {m} blocks")
-        sizes = {size: (self.positions(*size), self.rotary(*size, pixels.device)) for size in set(frames)}
-        x = self.patch_embed(pixels) + torch.cat([sizes[f][0] for f in frames])         # (N, Dv)
-        angle = torch.cat([sizes[f][1] for f in frames])
+        if odd := [f"{h} x {w}" for h, w in frames if h % m or w % m]:
+            raise ValueError(f"a grid of {odd[0]} patches has no whole {m} x {m} blocks")
+        places = {f: self.positions(*f) for f in set(frames)}
+        angles = {f: self.rotary(*f, pixels.device) for f in set(frames)}
+        x = self.patch_embed(pixels) + torch.cat([places[f] for f in frames])           # (N, Dv)
+        angle = torch.cat([angles[f] for f in frames])
         rope, deepstack = (angle.cos(), angle.sin()), []
         for i, block in enumerate(self.blocks):
             x = block(x, rope, lengths)
@@ -218,7 +219,8 @@ class Attention(nn.Module):
         q, k, v = (f(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)       # (B, H or G, T, P)
                    for f in (self.q_proj, self.k_proj, self.v_proj))
         cos, sin = (t[:, None] for t in rope)                                         # (B, 1, T, P)
-        q, k = (norm_rotate(t, norm.weight, cos, sin, norm.eps) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
+        q = norm_rotate(q, self.q_norm.weight, cos, sin, self.q_norm.eps)
+        k = norm_rotate(k, self.k_norm.weight, cos, sin, self.k_norm.eps)
         if isinstance(state, FixedCache):                 # one step of a replayed decoding
             y = attend_fixed(state, q, k, v)                                          # (B, H, 1, P)
         else:
@@ -229,16 +231,16 @@ class Attention(nn.Module):
 
 
 def attend(q, k, v, mask):
-    """Causal grouped-query attention of the last T of S positions. q (B,H,T,P), k and v (B,G,S,P),
-    mask (B,S)."""
+    """Causal attention of the last T of S positions. q (B,H,T,P), k and v (B,G,S,P), mask (B,S)."""
     T, S, G = q.shape[2], k.shape[2], k.shape[1]
-    if mask is None and q.is_cuda and q.dtype.itemsize == 2:      # flash attention, which groups heads itself
+    if mask is None and q.is_cuda and q.dtype.itemsize == 2:
+        # Flash attention, which groups heads itself, and splits the keys of a single query.
         causal = causal_lower_right(T, S) if 1 < T < S else None
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal, is_causal=T == S > 1, enable_gqa=True)
-    if T == 1:                                       # decode: the queries of a group share its keys
-        see = None if mask is None else (mask | ~mask[:, -1:])[:, None, None, :]        # as below for padding
-        y = F.scaled_dot_product_attention(q.view(len(q), G, -1, q.shape[3]), k, v, attn_mask=see)   # (B, G, H/G, P)
-        return y.reshape(q.shape)
+        return F.scaled_dot_product_attention(q, k, v, causal, is_causal=T == S > 1, enable_gqa=True)
+    if T == 1:                                            # decode: a group's queries share its keys
+        see = None if mask is None else (mask | ~mask[:, -1:])[:, None, None, :]        # as below
+        grouped = q.view(len(q), G, -1, q.shape[3])                                # (B, G, H/G, P)
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=see).reshape(q.shape)
     k, v = (t.repeat_interleave(q.shape[1] // G, dim=1) for t in (k, v))               # whole heads
     if mask is None and S == T:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -262,7 +264,7 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, config, layer, mixer=Attention):
         super().__init__()
-        self.self_attn = mixer(config, layer)             # the slot keeps its checkpoint name, whoever sits in it
+        self.self_attn = mixer(config, layer)             # its checkpoint name, whoever sits in it
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -309,7 +311,8 @@ def mrope_positions(ids, mask, grids, config):
     """
     B, T = ids.shape
     m = config.vision.spatial_merge_size
-    frames = iter([(h // m, w // m) for t, h, w in (grids.tolist() if grids is not None else ()) for _ in range(t)])
+    grids = [] if grids is None else grids.tolist()
+    frames = iter([(h // m, w // m) for t, h, w in grids for _ in range(t)])
     visual = ((ids == config.image_token_id) | (ids == config.video_token_id)).tolist()
     real = [[True] * T] * B if mask is None else mask.tolist()
     positions, after = torch.zeros(3, B, T, dtype=torch.long), []
@@ -327,10 +330,11 @@ def mrope_positions(ids, mask, grids, config):
                 h, w = next(frames, (0, 0))
                 run = h * w
                 if run == 0:
-                    raise ValueError(f"row {b}: there is no image for the placeholder at token {kept[i]}")
+                    raise ValueError(f"row {b}: there is no image for the placeholder at token "
+                                     f"{kept[i]}")
                 if not all(visual[b][t] for t in kept[i:i + run]) or i + run > len(kept):
-                    raise ValueError(f"row {b}: the image at token {kept[i]} has a merged grid of {h} x {w}, "
-                                     f"but fewer than {run} placeholders")
+                    raise ValueError(f"row {b}: the image at token {kept[i]} has a merged grid of "
+                                     f"{h} x {w}, but fewer than {run} placeholders")
                 row, col = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
                 columns.append(p + torch.stack((torch.zeros_like(row), row, col)))
                 p += max(h, w)
@@ -403,8 +407,8 @@ class Qwen3VL(nn.Module):
         if ids.numel() == 0:
             raise ValueError(f"there is nothing to read: ids have shape {tuple(ids.shape)}")
         if mask is not None and (mask.dtype != torch.bool or mask.shape != ids.shape):
-            raise ValueError(f"mask must be bool of shape {tuple(ids.shape)}, but is {mask.dtype} of "
-                             f"{tuple(mask.shape)}")
+            raise ValueError(f"mask must be bool of shape {tuple(ids.shape)}, but is {mask.dtype} "
+                             f"of {tuple(mask.shape)}")
         if vision is None and (pixels is None) != (grids is None):
             raise ValueError("pixels and grids belong together, but only one of them is given")
         x = self.model.language_model.embed_tokens(ids)                                 # (B, T, D)
@@ -417,7 +421,8 @@ class Qwen3VL(nn.Module):
             at = (ids == self.config.image_token_id) | (ids == self.config.video_token_id)
             at = (at if mask is None else at & mask)[..., None]                         # (B, T, 1)
             x = x.masked_scatter(at, vision.tokens.to(x.dtype))
-            deepstack = [torch.zeros_like(x).masked_scatter(at, f.to(x.dtype)) for f in vision.deepstack]
+            zeros = torch.zeros_like(x)
+            deepstack = [zeros.masked_scatter(at, f.to(x.dtype)) for f in vision.deepstack]
         return Embedded(x, deepstack, rope, next_position)
 
     def run_layer(self, layer, *inputs):
@@ -455,20 +460,21 @@ class Qwen3VL(nn.Module):
 
     @torch.inference_mode()
     def prefill(self, ids, mask=None, pixels=None, grids=None, chunk=None):
-        """Reads a prompt, `chunk` positions at a time. -> logits after each row's last token (B,
-        V), states, the next positions (B,). Each layer's state is right wherever the padding
-        stands."""
+        """Reads a prompt, `chunk` positions at a time, padded on any side. -> logits after each
+        row's last token (B, V), states, the next positions (B,)."""
         B, T = ids.shape
         x, deepstack, rope, next_position = self.embed(ids, mask, pixels, grids)
-        end = T - 1 if mask is None else torch.where(mask, torch.arange(T, device=ids.device), 0).amax(1)
-        end = torch.as_tensor(end, device=ids.device).expand(B)
+        end = torch.arange(T, device=ids.device).expand(B, T)                           # (B, T)
+        end = (end if mask is None else torch.where(mask, end, 0)).amax(1)              # (B,)
         states, last = [None] * len(self.layers), torch.zeros_like(x[:, 0])
         for a in range(0, T, chunk or T):
-            b = min(T, a + (chunk or T))
-            h, states = self.decode(x[:, a:b], [f[:, a:b] for f in deepstack], tuple(t[:, a:b] for t in rope),
-                                    None if mask is None else mask[:, a:b], states)
-            here = (end >= a) & (end < b)
-            last = torch.where(here[:, None], h[torch.arange(B), (end - a).clamp(0, b - a - 1)], last)
+            at = slice(a, min(T, a + (chunk or T)))
+            h, states = self.decode(x[:, at], [f[:, at] for f in deepstack],
+                                    tuple(t[:, at] for t in rope),
+                                    None if mask is None else mask[:, at], states)
+            here = (end >= a) & (end < at.stop)
+            row = h[torch.arange(B), (end - a).clamp(0, at.stop - a - 1)]
+            last = torch.where(here[:, None], row, last)
         return self.lm_head(self.norm(last)), states, next_position
 
     @torch.inference_mode()
@@ -503,17 +509,17 @@ class Qwen3VL(nn.Module):
         return step
 
     @torch.inference_mode()
-    def generate(self, ids, mask=None, pixels=None, grids=None, max_new_tokens=64, chunk=None, generator=None,
-                 temperature=0.0, top_p=1.0, top_k=0, graph=None):
-        """Answers, greedy by default; `generate(..., **model.sampling)` samples as the checkpoint
-        suggests.
+    def generate(self, ids, mask=None, pixels=None, grids=None, max_new_tokens=64, chunk=None,
+                 generator=None, temperature=0.0, top_p=1.0, top_k=0, graph=None):
+        """Answers, greedy by default; `**model.sampling` samples as the checkpoint suggests.
 
         ids (B, T) padded on either side, mask (B, T). graph: as in `start_decoding`. Returns B
         lists of new token ids, without the eos. Raises ValueError on a negative temperature or
         chunk, and when the weights give no finite logits.
         """
         if temperature < 0 or chunk is not None and chunk < 1:
-            raise ValueError(f"temperature must be at least 0 and chunk at least 1, got {temperature} and {chunk}")
+            raise ValueError("temperature must be at least 0 and chunk at least 1, got "
+                             f"{temperature} and {chunk}")
         logits, states, position = self.prefill(ids, mask, pixels, grids, chunk)
         if not torch.isfinite(logits).all():
             raise ValueError("the model's logits are not finite: are its weights damaged?")
@@ -530,7 +536,7 @@ class Qwen3VL(nn.Module):
             logits = step(token)
         return answers
 
-    # -- to and from a folder ------------------------------------------------------------------------------
+    # -- to and from a folder
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None, device="cpu"):
@@ -544,10 +550,12 @@ class Qwen3VL(nn.Module):
         head, embeddings = "lm_head.weight", "model.language_model.embed_tokens.weight"
         tied = (head, embeddings) if config.tie_word_embeddings else ()
         shapes = {k: v.shape for k, v in model.state_dict().items() if k not in tied[:1]}
-        state = read_weights(folder, shapes, lambda name: dtype and model.dtype_in(name, dtype), device, tied)
+        state = read_weights(folder, shapes, lambda name: dtype and model.dtype_in(name, dtype),
+                             device, tied)
         model.load_state_dict({**state, head: state[embeddings]} if tied else state, assign=True)
         if lost := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
-            raise ValueError(f"{folder}: {', '.join(lost)} of a mixer are in no file; buffers must be persistent")
+            raise ValueError(f"{folder}: {', '.join(lost)} of a mixer are in no file; buffers must "
+                             "be persistent")
         if tied:                                          # assign made two Parameters of one tensor
             model.lm_head.weight = model.model.language_model.embed_tokens.weight
         model.folder = Path(folder)
@@ -612,8 +620,8 @@ def mixer_class(spec):
     folders = [Path(__file__).parent] if spec in MIXERS else [Path(), Path(__file__).parent]
     found = [(p / file).resolve() for p in folders if (p / file).is_file()]
     if not name or not found:
-        raise ValueError(f"no mixer {spec!r}: give one of {', '.join(MIXERS)}, or FILE.py:CLASS with a file that "
-                         "exists")
+        raise ValueError(f"no mixer {spec!r}: give one of {', '.join(MIXERS)}, or FILE.py:CLASS "
+                         "with a file that exists")
     loaded = sys.modules.get(found[0].stem)
     if Path(getattr(loaded, "__file__", None) or "").resolve() != found[0]:    # else it is imported
         module = importlib.util.spec_from_file_location(found[0].stem, found[0])
@@ -649,12 +657,13 @@ def to_hybrid(teacher, mixer="mamba2", keep_every=4, init="default", seed=0):
         raise ValueError("this model is a hybrid already: a teacher has attention in all layers")
     replaced = [i for i in range(len(layers)) if (i + 1) % keep_every != 0]
     if not 0 < len(replaced) < len(layers):
-        raise ValueError(f"keep_every {keep_every} on {len(layers)} layers replaces {len(replaced)} of them; "
-                         "a hybrid needs both kinds")
+        raise ValueError(f"keep_every {keep_every} on {len(layers)} layers replaces "
+                         f"{len(replaced)} of them; a hybrid needs both kinds")
     kind, fresh = mixer_class(mixer), list(layers)
     for i in replaced:
         generator = torch.Generator().manual_seed(1_000_003 * seed + i)
-        fresh[i] = reshell(layers[i], self_attn=kind.from_attention(layers[i].self_attn, init, generator))
+        made = kind.from_attention(layers[i].self_attn, init, generator)
+        fresh[i] = reshell(layers[i], self_attn=made)
     text = reshell(teacher.model.language_model, layers=nn.ModuleList(fresh))
     student = reshell(teacher, model=reshell(teacher.model, language_model=text))
     student.config = copy.copy(teacher.config)
