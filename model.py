@@ -27,8 +27,6 @@ Shape letters everywhere: B batch, T positions, D model width, H heads, P head d
 groups, N visual patches (here) or state dim (in mixers), V vocabulary.
 """
 import copy
-import importlib.util
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,8 +39,9 @@ from torch.utils.checkpoint import checkpoint
 
 from parts.checkpoint import copy_companions, device_of, dtype_of, find_tensors, read_weights, write_folder  # noqa: F401
 from parts.config import Config, TextConfig, VisionConfig, read_object  # noqa: F401
-from parts.decoding import FixedCache, KVCache, Replayed, append, attend_fixed  # noqa: F401
+from parts.decoding import FixedCache, KVCache, Replayed, append, attend_fixed, sample  # noqa: F401
 from parts.fast import SwiGLU, norm_rotate, rms_norm, rotate
+from parts.mixers import mixer_class
 
 # --------------------------------------------------------------------------------------------------
 # The vision tower: patches in, visual tokens out
@@ -589,49 +588,8 @@ class Qwen3VL(nn.Module):
         return self
 
 
-def sample(logits, temperature, top_p, top_k, generator=None):
-    """Next tokens (B,) from logits (B, V): the argmax at temperature 0, else the top-k, then top-p
-    nucleus."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k:
-        kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    if top_p < 1:
-        ordered, index = logits.sort(dim=-1, descending=True)
-        p = ordered.softmax(-1)
-        outside = p.cumsum(-1) - p >= top_p               # the first token over the bound stays in,
-        outside[:, 0] = False                             # and the likeliest at any bound
-        logits = logits.masked_fill(outside.gather(-1, index.argsort(-1)), float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-
-
 # --------------------------------------------------------------------------------------------------
 # From a teacher to a hybrid
-
-MIXERS = {"mamba2": "mamba2.py:Mamba2", "gdn": "gdn.py:GatedDeltaNet"}
-
-
-def mixer_class(spec):
-    """The class named by a word of MIXERS, or by FILE.py:CLASS (looked for here, then beside this
-    file)."""
-    file, _, name = MIXERS.get(spec, spec).partition(":")
-    folders = [Path(__file__).parent] if spec in MIXERS else [Path(), Path(__file__).parent]
-    found = [(p / file).resolve() for p in folders if (p / file).is_file()]
-    if not name or not found:
-        raise ValueError(f"no mixer {spec!r}: give one of {', '.join(MIXERS)}, or FILE.py:CLASS "
-                         "with a file that exists")
-    loaded = sys.modules.get(found[0].stem)
-    if Path(getattr(loaded, "__file__", None) or "").resolve() != found[0]:    # else it is imported
-        module = importlib.util.spec_from_file_location(found[0].stem, found[0])
-        loaded = importlib.util.module_from_spec(module)
-        sys.modules.setdefault(found[0].stem, loaded)      # so that `import` gives the same classes
-        module.loader.exec_module(loaded)
-    if not hasattr(loaded, name):
-        raise ValueError(f"{found[0]} has no class {name}")
-    return getattr(loaded, name)
-
 
 def reshell(module, **children):
     """A module with some children exchanged, which shares all the others, and its parameters, by

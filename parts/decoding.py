@@ -5,6 +5,7 @@ replayed.
     FixedCache        has its full size from the start, so that a step moves no memory and asks nothing of the host
     Replayed          a step on fixed buffers, on CUDA captured as one graph: a step of a large model is a thousand small
                       kernels, and launching them one by one takes longer than running them
+    sample            the next tokens
 
 Nothing here knows the model: a step is a function, and a mixer's state any NamedTuple of tensors of
 constant shape.
@@ -194,3 +195,21 @@ class Replayed:
                 counter += 1
             return logits
         return self.logits
+
+
+def sample(logits, temperature, top_p, top_k, generator=None):
+    """Next tokens (B,) from logits (B, V): the argmax at temperature 0, else the top-k, then top-p
+    nucleus."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        p = ordered.softmax(-1)
+        outside = p.cumsum(-1) - p >= top_p               # the first token over the bound stays in,
+        outside[:, 0] = False                             # and the likeliest at any bound
+        logits = logits.masked_fill(outside.gather(-1, index.argsort(-1)), float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]

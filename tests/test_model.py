@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import model
-from model import Qwen3VL, SwiGLU, to_hybrid
+from model import Qwen3VL, to_hybrid
+from parts import mixers
+from parts.fast import SwiGLU
 
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="transformers>=5 is the oracle")
 
@@ -320,8 +322,8 @@ def with_mixer(teacher, mixer):
     """The teacher, or a hybrid of it; for a mixer that is not there yet, a skip that says so."""
     if mixer == "attention":
         return teacher
-    if not (ROOT / model.MIXERS[mixer].split(":")[0]).is_file():
-        pytest.skip(f"the mixer {mixer!r} is not written yet: no {model.MIXERS[mixer]}")
+    if not (ROOT / mixers.MIXERS[mixer].split(":")[0]).is_file():
+        pytest.skip(f"the mixer {mixer!r} is not written yet: no {mixers.MIXERS[mixer]}")
     return to_hybrid(teacher, mixer)
 
 
@@ -624,8 +626,8 @@ def test_a_hybrid_with_a_built_in_mixer_survives_the_disk(teacher, mixer, tmp_pa
     student.save_pretrained(tmp_path)
     again = Qwen3VL.from_pretrained(tmp_path)
     assert torch.equal(again(*inputs), student(*inputs))
-    kind = __import__(model.MIXERS[mixer].split(".")[0])  # the class that others import, not a second one
-    assert isinstance(again.layers[0].self_attn, getattr(kind, model.MIXERS[mixer].split(":")[1]))
+    kind = __import__(mixers.MIXERS[mixer].split(".")[0])  # the class that others import, not a second one
+    assert isinstance(again.layers[0].self_attn, getattr(kind, mixers.MIXERS[mixer].split(":")[1]))
 
 
 def test_a_hybrid_keeps_some_attention_and_replaces_some(teacher, own_mixer):
