@@ -43,7 +43,7 @@ from parts.fast import delta_scan, fused
 def step(q, k, v, log_a, beta, state):
     """One position of the rule: q (B,H,N), k (B,G,N), v (B,G,P), log_a, beta (B,H) -> y (B,H,P),
     state."""
-    k, v_ = (z.repeat_interleave(q.shape[1] // z.shape[1], dim=1).to(state.dtype) for z in (k, v))      # groups to heads
+    k, v_ = (z.repeat_interleave(q.shape[1] // z.shape[1], dim=1).to(state.dtype) for z in (k, v))
     state = torch.exp(log_a)[..., None, None] * state                                 # (B, H, P, N)
     error = v_ - (state @ k[..., None]).squeeze(-1)                                     # (B, H, P)
     state = state + (beta[..., None] * error)[..., :, None] * k[..., None, :]

@@ -75,13 +75,20 @@ def attend_fixed(cache, q, k, v):
     keys, values = cache.k.flatten(0, 1), cache.v.flatten(0, 1)        # views, (B * capacity, G, P)
     keys.index_copy_(0, slots.next, k[:, :, 0])
     values.index_copy_(0, slots.next, v[:, :, 0])
-    if q.is_cuda and q.dtype.itemsize == 2:               # flash attention, which splits long rows among the GPU's units
-        return torch.ops.aten._flash_attention_forward(
-            q[:, :, 0], keys, values, slots.rows, slots.starts, 1, capacity, 0.0, False, False, seqused_k=slots.used)[0][:, :, None]
+    if q.is_cuda and q.dtype.itemsize == 2:               # flash attention, which splits long rows
+        y = torch.ops.aten._flash_attention_forward(
+            q[:, :, 0], keys, values, slots.rows, slots.starts, 1, capacity, 0.0, False, False,
+            seqused_k=slots.used)[0]
+        return y[:, :, None]
     see = torch.arange(capacity, device=q.device) < slots.used[:, None]              # (B, capacity)
     grouped = q.view(len(q), k.shape[1], -1, q.shape[3])  # the queries of a group share its keys
-    y = F.scaled_dot_product_attention(grouped, *(z.transpose(1, 2) for z in (cache.k, cache.v)), attn_mask=see[:, None, None])
+    k, v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)                             # (B, G, capacity, P)
+    y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=see[:, None, None])
     return y.reshape(q.shape)
+
+
+def longest(states):
+    return max((s.length for s in states if isinstance(s, KVCache)), default=0)
 
 
 def tensors(states):
@@ -103,7 +110,7 @@ class Replayed:
         weights: what must not have moved for the capture to be used again."""
         B = len(position)
         self.step, self.weights, self.graph = step, weights, None
-        self.capacity = -(-(max((s.length for s in states if isinstance(s, KVCache)), default=0) + room) // 256) * 256
+        self.capacity = -(-(longest(states) + room) // 256) * 256       # whole blocks of 256
         self.position, self.tokens = position.clone(), torch.zeros_like(position)
         whole = torch.arange(B + 1, device=position.device, dtype=torch.int32)
         self.slots = Slots(torch.zeros_like(position), whole[:B] + 1, whole * self.capacity, whole)
@@ -122,8 +129,8 @@ class Replayed:
 
     def fits(self, states, position, room, weights):
         """Whether another prompt can be decoded in these buffers, by the captured step."""
-        return (self.weights == weights and len(position) == len(self.position) and self.logits is not None
-                and max((s.length for s in states if isinstance(s, KVCache)), default=0) + room <= self.capacity)
+        return (self.weights == weights and len(position) == len(self.position)
+                and self.logits is not None and longest(states) + room <= self.capacity)
 
     def load(self, states, position):
         for fixed, state in zip(self.states, states):
@@ -148,7 +155,8 @@ class Replayed:
         if isinstance(state, KVCache):
             held = state.length if state.mask is None else state.mask.sum(1)
             self.slots.used.copy_(torch.as_tensor(held) + 1)
-            self.slots.next.copy_(self.slots.starts[:-1] + torch.as_tensor(held, device=self.slots.next.device))
+            held = torch.as_tensor(held, device=self.slots.next.device)
+            self.slots.next.copy_(self.slots.starts[:-1] + held)
 
     def capture(self):
         """One step to learn the shapes, and on CUDA a second one as a graph; the buffers are as
@@ -170,7 +178,7 @@ class Replayed:
                     self.advance()
             except RuntimeError as error:
                 self.graph = None
-                warnings.warn(f"a decoding step cannot be captured as a CUDA graph, and runs without: {error}")
+                warnings.warn(f"a decoding step cannot be captured, and runs as it comes: {error}")
         for old, new in zip(tensors(self.states), kept):
             old.copy_(new)
 
