@@ -67,7 +67,8 @@ class Settings:
     workers: int = setting(0, "processes that read data ahead", low=0, decides=False)
     threads: int = setting(0, "CPU threads of a process; 0: the cores divided among this node's "
                            "processes", low=0, decides=False)
-    device: str = setting("", "cuda or cpu; empty: cuda where there is one", decides=False)
+    device: str = setting("", "cuda or cpu; empty: cuda where there is one, and cpu for the embedded "
+                              "world", decides=False)
     dtype: str = setting("", "of frozen weights and activations; empty: bfloat16 on cuda, else "
                          "float32", ["", "bfloat16", "float32", "float64"])
     shard: bool = setting(False, "split the decoder's weights and optimiser state among the devices "
@@ -102,6 +103,8 @@ def parse(kind, defaults, argv=None, description=""):
     for name, (embedded, real) in defaults.items():
         if getattr(s, name) is None:
             setattr(s, name, real if s.data else embedded)
+    if not (s.data or s.device):                          # a model so small is all launches on a GPU
+        s.device = "cpu"
     for f in fields(kind):
         value, low, high = getattr(s, f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, (int, float)) and not low <= value <= high:

@@ -415,3 +415,10 @@ def test_help_is_help_and_a_wrong_word_is_a_usage_line(capsys):
     with pytest.raises(SystemExit) as stop:
         sft_dpo.main(["dpo", "--help"])
     assert stop.value.code == 0 and "--beta" in capsys.readouterr().out
+
+
+def test_the_embedded_world_runs_on_the_cpu_unless_told_otherwise(monkeypatch):
+    """On a machine with a GPU, too: two cores are faster than its launches. Real data takes the GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    device = lambda *flags: loop.parse(distill.DistillSettings, distill.DEFAULTS, list(flags)).device
+    assert device() == "cpu" and device("--device", "cuda") == "cuda" and device("--data", "x.jsonl") == ""
