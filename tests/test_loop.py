@@ -123,7 +123,7 @@ def ended(processes):
 
 def test_a_second_run_into_a_folder_is_refused_until_the_first_is_dead(teacher, tmp_path, straight, monkeypatch):
     out, argv = tmp_path / "out", settings(teacher, tmp_path / "out", **EIGHT)
-    first = begin(argv, out, pause=0.3)
+    first = begin(argv, out, pause=2.0)                   # eight steps: long enough for all below
     await_lines(out, 1, first)
     with monkeypatch.context() as patch:
         patch.setattr(distill, "build", None)             # refused before anything is loaded
