@@ -39,7 +39,7 @@ from parts.fast import delta_scan, fused
 # The delta rule: one step, then whole sequences
 
 
-@fused
+@fused(training=False)
 def step(q, k, v, log_a, beta, state):
     """One position of the rule: q (B,H,N), k (B,G,N), v (B,G,P), log_a, beta (B,H) -> y (B,H,P),
     state."""

@@ -37,7 +37,7 @@ from parts.fast import convolve, convolve_one, fused, gate_heads, mamba_ssm_step
 # The state space: one step, then whole sequences
 
 
-@fused
+@fused(training=False)
 def step(x, dt, A, B, C, D, state):
     """One position of the recurrence above: x (B,G,P), dt (B,H), B (B,G,N), C (B,H,N) -> y (B,H,P),
     state."""

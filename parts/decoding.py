@@ -112,6 +112,7 @@ class Replayed:
         self.step, self.weights, self.graph = step, weights, None
         self.capacity = -(-(longest(states) + room) // 256) * 256       # whole blocks of 256
         self.position, self.tokens = position.clone(), torch.zeros_like(position)
+        self.left = self.capacity - longest(states)       # steps that there is room for
         whole = torch.arange(B + 1, device=position.device, dtype=torch.int32)
         self.slots = Slots(torch.zeros_like(position), whole[:B] + 1, whole * self.capacity, whole)
         self.states = []
@@ -133,6 +134,7 @@ class Replayed:
                 and self.logits is not None and longest(states) + room <= self.capacity)
 
     def load(self, states, position):
+        self.left = self.capacity - longest(states)
         for fixed, state in zip(self.states, states):
             self.fill(fixed, state)
             self.count(state)
@@ -192,6 +194,9 @@ class Replayed:
 
     @torch.inference_mode()
     def __call__(self, tokens):
+        if self.left <= 0:
+            raise RuntimeError(f"there is no room for another step: all {self.capacity} are taken")
+        self.left -= 1
         self.tokens.copy_(tokens)
         if self.graph:
             self.graph.replay()

@@ -22,7 +22,7 @@ chunks in a block, bh = B * H, rows = bh * n; a dot stands for P or N.
 import importlib
 import os
 import warnings
-from functools import wraps
+from functools import partial, wraps
 from typing import NamedTuple
 
 import torch
@@ -34,16 +34,18 @@ def compiling(like):
     return like.is_cuda and os.environ.get("HEED_COMPILE", "1") != "0"
 
 
-def fused(f):
-    """On a GPU, f by torch.compile: its elementwise steps become one kernel. Elsewhere f itself.
-    The first argument is a tensor. Where nothing can be compiled (no C compiler, say), f stays as
-    it is, with a warning."""
+def fused(f=None, *, training=True):
+    """On a GPU, f by torch.compile: its elementwise steps become one kernel. Elsewhere f itself, and
+    with training=False wherever gradients are recorded. The first argument is a tensor. Where nothing
+    can be compiled (no C compiler, say), f stays as it is, with a warning."""
+    if f is None:
+        return partial(fused, training=training)
     compiled = None
 
     @wraps(f)
     def run(*args):
         nonlocal compiled
-        if not compiling(args[0]):
+        if not compiling(args[0]) or torch.is_grad_enabled() and not training:
             return f(*args)
         if compiled is None:
             compiled = torch.compile(f, dynamic=True)
@@ -281,17 +283,11 @@ def scaled(x, C, dt, total):
 
 
 @fused
-def last_state(state, added, w):
-    """The state after all chunks: state (bh,P,N) and what each added (bh,n,P,N), by their decays w
-    (bh,n+1), in fp32."""
+def finished(y, D, x, state, added, w):
+    """y + D x, both (B,H,T,P); and the state after all chunks (bh,P,N), from the one before them and
+    what each added (bh,n,P,N), by their decays w (bh,n+1), in fp32."""
     w = w[..., None, None]
-    return w[:, 0] * state + (w[:, 1:] * added).sum(1)
-
-
-@fused
-def add_skip(y, D, x):
-    """y + D x, both (B,H,T,P), D (H,)."""
-    return (y + D[:, None, None] * x).to(y.dtype)
+    return (y + D[:, None, None] * x).to(y.dtype), w[:, 0] * state + (w[:, 1:] * added).sum(1)
 
 
 def between(total, n):
@@ -319,8 +315,9 @@ def ssd_block(x, dt, B, C, state, A, D, Q):
     before = torch.bmm(to_each.to(added.dtype), earlier).view(-1, P, N)               # (rows, P, N)
     inside = decayed(torch.bmm(C, B.mT), total)                                       # (rows, Q, Q)
     y = torch.baddbmm(torch.bmm(C_start, before.mT), inside, u)
-    y = add_skip(y.view(b, H, T, P), D, x.view(b, H, T, P)).transpose(1, 2)
-    return y, last_state(state.flatten(0, 1), added, to_last).view(b, H, P, N)
+    y, x = (z.view(b, H, T, P) for z in (y, x))
+    y, state = finished(y, D, x, state.flatten(0, 1), added, to_last)
+    return y.transpose(1, 2), state.view(b, H, P, N)
 
 
 def delta_block(q, k, v, log_a, beta, state, Q):
@@ -528,14 +525,14 @@ def norm_in_one(x, weight, eps):
         return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
 
 
-norm_one_position = fused(norm_then_round)                # a step of decoding has one row: compiled, it takes a third
+norm_one_position = fused(norm_then_round, training=False)       # a third of the time, for one row
 
 
 def rms_norm(x, weight, eps):
     """x / sqrt(mean of squares + eps) * weight over the last dimension."""
     if not x.is_cuda or x.dtype.itemsize > 2:
         return norm_then_round(x, weight, eps)
-    if x.shape[1] == 1 and compiling(x) and not torch.is_grad_enabled():
+    if x.shape[1] == 1 and compiling(x) and not torch.is_grad_enabled():    # a step of decoding
         return norm_one_position(x, weight, eps)
     return norm_in_one(x, weight, eps)
 
@@ -547,25 +544,21 @@ def norm_scale(x, weight, eps, scale):
     return (F.rms_norm(x, x.shape[-1:], weight, eps) * scale).to(x.dtype)
 
 
-@fused
 def rotate(x, cos, sin):
     """Half-split rotary embedding; cos and sin broadcast against x."""
     return x * cos + rotate_half(x) * sin
 
 
-@fused
-def norm_and_rotate(x, weight, cos, sin, eps):
-    x = norm_then_round(x, weight, eps)
-    return x * cos + rotate_half(x) * sin
+norm_then_rotate = fused(lambda x, weight, cos, sin, eps: rotate(
+    norm_then_round(x, weight, eps), cos, sin), training=False)
 
 
 def norm_rotate(x, weight, cos, sin, eps):
-    """RMSNorm over heads, then the rotary embedding: x (B,H,T,P), cos and sin (B,1,T,P). In
-    training on a GPU two kernels instead of one: the compiled backward pass of a norm takes long to
-    make."""
+    """RMSNorm over heads, then the rotary embedding: x (B,H,T,P), cos and sin (B,1,T,P). In training
+    on a GPU not compiled: the backward pass of a norm takes long to make."""
     if x.is_cuda and torch.is_grad_enabled():
         return rotate(rms_norm(x, weight, eps), cos, sin)
-    return norm_and_rotate(x, weight, cos, sin, eps)
+    return norm_then_rotate(x, weight, cos, sin, eps)
 
 
 @fused
@@ -575,14 +568,14 @@ def gate_heads(y, gate, weight, eps):
     return (F.rms_norm(y, y.shape[-1:], eps=eps).flatten(2) * weight * F.silu(gate)).to(gate.dtype)
 
 
-@fused
+@fused(training=False)
 def step_size(raw, bias, A_log):
     """Mamba-2's dt (B,T,H) and A (H,), in fp32 at least."""
     wide = torch.promote_types(raw.dtype, torch.float32)
     return F.softplus(raw.to(wide) + bias.to(wide)), -torch.exp(A_log.to(wide))
 
 
-@fused
+@fused(training=False)
 def convolve_one(u, memory, weight):
     """The convolution at one position: u (B,1,E), memory (B,W-1,E), weight (E,W) -> (B,1,E), the
     new memory."""
