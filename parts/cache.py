@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 VERSION, OLD = "2", b"HEEDrho4"               # OLD: how files of version 1 begin
 LEVELS = 15                                   # steps from a sample's minimum to its maximum
@@ -141,7 +141,7 @@ def write_cache(path, records, fingerprint, kind="density"):
     head["crc"] = str(checksum(*head.values(), tables["sample"]))
     partial = Path(f"{path}.partial")
     try:
-        save_file(tables, partial, head)
+        partial.write_bytes(save(tables, head))
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -176,7 +176,6 @@ class Cache:
             raise CacheError(f"{path} was made with another model or preprocessing: "
                              f"fingerprint {made_with[:12]}, this run has {fingerprint[:12]}")
         self.order = sample.argsort()
-        self.sorted = sample[self.order]
         self.n_records, self.n_values = len(sample), int(self.columns["place"][:, 1].sum())
 
     def __reduce__(self):                                 # a data worker maps the file itself
@@ -186,10 +185,11 @@ class Cache:
         """-> one sample's values (n,) fp32, and their mean as it was before rounding. Raises
         CacheError if it is missing, damaged, or of another image or grid."""
         where, key = f"{self.path}, sample {sample_id!r}", sample_key(sample_id)
-        at = np.searchsorted(self.sorted, key)
-        if at == self.n_records or self.sorted[at] != key:
+        c = self.columns
+        found = self.order[np.searchsorted(c["sample"], key, sorter=self.order):][:1]
+        if c["sample"][found].tolist() != [key]:
             raise CacheError(f"{where}: not in the cache")
-        c, i = self.columns, self.order[at]
+        i = found[0]
         first, count, image, images = c["place"][i].tolist()
         grid, packed = c["grids"][image:image + images], c["packed"][first:first + (count + 1) // 2]
         row = [c[name][i] for name in ("sample", "image", "range", "place")]
