@@ -73,11 +73,9 @@ def _sum3(v, dim):
 
 
 def image_densities(features, grids, merge):
-    """Eq. 2 for a batch: features (n_patches, C), grids (n_images, 3) of t, h, w in patches.
-
-    Returns (n_visual,) fp32 in the order of the visual tokens. Each of the t frames is a picture of
-    its own. Raises ValueError if features do not fill the grids or are not finite.
-    """
+    """Eq. 2 for a batch: features (n_patches, C), grids (n_images, 3) of t, h, w in patches, each of
+    the t frames a picture of its own -> (n_visual,) fp32 in the order of the visual tokens. Raises
+    ValueError if features do not fill the grids or are not finite."""
     sizes = [(h, w) for t, h, w in grids.tolist() for _ in range(t)]
     if sum(h * w for h, w in sizes) != len(features):
         raise ValueError(f"{len(features)} patches do not fill the grids {grids.tolist()}")
@@ -135,10 +133,8 @@ def to_positions(rho, visual):
 
 
 def normalise_weights(raw, mask):
-    """The right half of Eq. 3, of every weight: a row sums to its real positions, padding is 0.
-
-    raw (..., B, T) non-negative -> the same in fp32. A row of zeros becomes uniform.
-    """
+    """The right half of Eq. 3, of every weight: raw (..., B, T) >= 0 -> the same in fp32, where a row
+    sums to its real positions and padding is 0. A row of zeros becomes uniform."""
     raw = raw.float() * mask                                  # (..., B, T)
     total = raw.sum(-1, keepdim=True)                         # (..., B, 1)
     count = mask.sum(-1, keepdim=True)                        # (B, 1)  T of each sample
@@ -170,10 +166,8 @@ def uniform_weights(rho, visual, mask, names=None, s=Weighting()):
 
 
 def fisher_weights(scores, visual, mask, names=None, s=Weighting()):
-    """C5, HEED-G (Eq. 7): w in proportion to |g|^2, summed over layers; no exponential.
-
-    scores (B, T), or (S, B, T) where layers keep their own -> w of that shape. Padding is not read.
-    """
+    """C5, HEED-G (Eq. 7): w in proportion to |g|^2, with no exponential; scores (B, T), or (S, B, T)
+    where layers keep their own -> w of that shape."""
     if not ((torch.isfinite(scores) & (scores >= 0)) | ~mask).all():
         raise ValueError("gradient scores must be finite and non-negative")
     return normalise_weights(scores.masked_fill(~mask, 0), mask)
@@ -182,19 +176,16 @@ def fisher_weights(scores, visual, mask, names=None, s=Weighting()):
 def modality_weights(rho, visual, mask, names=None, s=Weighting()):
     """-Density (Table 8), "text/visual modality boost only": Algorithm 1, all patches at one rho.
 
-    Which one drops out: patches at m and text at beta * m (beta > 1) become rho~ = 0 and 1, so a text
-    position weighs exp(1/tau) times a visual one. The argument rho is not read.
+    Which one drops out: patches at m and text at beta * m (beta > 1) become rho~ = 0 and 1, so text
+    weighs exp(1/tau) times as much. The argument rho is not read.
     """
     even = torch.ones(visual.shape, device=visual.device)
     return density_weights(even, visual, mask, s=replace(s, minmax="all"))
 
 
 def topk_weights(rho, visual, mask, names=None, s=Weighting()):
-    """A.8: BOOST times the weight on the top k % of visual positions by rho; ties to the earlier.
-
-    The rest is "unchanged" up to the factor that keeps sum w = T, so that the arms differ in where
-    the budget goes, not in its size.
-    """
+    """A.8: BOOST times the weight on the top k % of visual positions by rho; ties to the earlier. The
+    rest is "unchanged" up to the factor that keeps sum w = T: arms differ in where w goes alone."""
     score = rho.masked_fill(~visual, -math.inf)
     rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)   # (B, T)  0 = densest
     chosen = rank < (visual.sum(1, keepdim=True) * s.k / 100).round()          # (B, T)
@@ -216,9 +207,8 @@ def shuffled_weights(rho, visual, mask, names=None, s=Weighting()):
 
 
 def drawn_by_name(visual, names, seed):
-    """A uniform random number for every visual position, by (seed, sample name) alone -> list of
-    (n,), one per sample. So a sample meets the same draw in every epoch, batch and padding, as it
-    meets the same density."""
+    """A uniform random number for every visual position -> list of (n,), one per sample: by seed and
+    sample name alone, so the same in every epoch, batch and padding, as density is."""
     if names is None or len(names) != len(visual):
         raise ValueError(f"random weights are drawn by sample name: {len(visual)} rows, names {names}")
     draws = []
@@ -289,29 +279,20 @@ def quantisation_error(rho, visual, mask, s=Weighting()):
     return (w4 / w - 1)[mask].abs().max().item()
 
 
-def cache_corpus(path, samples, make, made_with, kind="density", skip=False):
-    """Writes make(sample) -> (Encoded, scores) of every sample; None of it is left out."""
-    def record(name, sample):
-        made = make(sample)
-        return made and (name, contents(sample, made[0], kind), made[0].grids, made[1])
-
-    write_cache(path, each(samples, record, skip), made_with, kind)
-    print(Cache(path, made_with, kind))
-
-
 def cache_density(path, samples, teacher, processor, skip=False):
-    """rho of every sample that has an image; says how coarse four bits are."""
+    """Writes rho of every sample that has an image; says how coarse four bits are."""
     errors = [0.0]
 
-    def make(sample):
-        if not sample.images:
-            return None
-        encoded, rho = sample_density(teacher, processor, sample)
-        visual = visual_positions(encoded.ids, teacher.config)[None]
-        errors.append(quantisation_error(rho, visual, torch.ones_like(visual)))
-        return encoded, rho
+    def record(name, sample):
+        if sample.images:
+            encoded, rho = sample_density(teacher, processor, sample)
+            visual = visual_positions(encoded.ids, teacher.config)[None]
+            errors.append(quantisation_error(rho, visual, torch.ones_like(visual)))
+            return name, contents(sample, encoded, "density"), encoded.grids, rho
 
-    cache_corpus(path, samples, make, tower_fingerprint(teacher, processor), skip=skip)
+    made_with = tower_fingerprint(teacher, processor)
+    write_cache(path, each(samples, record, skip), made_with)
+    print(Cache(path, made_with))
     print(f"4 bits move w by at most {100 * max(errors):.1f} %")
 
 

@@ -51,7 +51,7 @@ class Cond:
     align: Optional[str]        # "output" of mixers, "residual" streams; None: Stages 1/2 are skipped
     weight: str = "uniform"     # a row of density.WEIGHTS
     mixer: str = "mamba2"
-    layers: str = "sum"         # whose gradients weigh a layer: "sum" over S* (Eq. 7), "each" its own, "middle"
+    layers: str = "sum"         # whose gradients weigh a layer: of gradients: "sum" (Eq. 7), "each" its own, "middle"
     note: str = ""
 
 
@@ -95,11 +95,12 @@ class DistillSettings(Settings):
     beta: float = setting(Weighting.beta, "text's density over the mean visual density", low=0)
     minmax: str = setting(Weighting.minmax, "normalise before or after text enters (ledger 7)",
                           ["all", "visual"])
-    k: float = setting(Weighting.k, "per cent of positions that topk and random raise (A.8)", low=0, high=100)
-    density_cache: str = setting("", "file that `density.py --cache` wrote for this data and teacher; "
-                                 "for conditions with gradient weights, that --write-cache wrote")
-    write_cache: str = setting("", "only write the condition's gradient scores to this file, for later "
-                               "runs (B.2)", decides=False)
+    k: float = setting(Weighting.k, "per cent of positions that topk and random raise (A.8)", low=0,
+                       high=100)
+    density_cache: str = setting("", "file that `density.py --cache` wrote for this data and "
+                                 "teacher; for gradient weights, that --write-cache wrote")
+    write_cache: str = setting("", "only write the condition's gradient scores to this file, for "
+                               "later runs (B.2)", decides=False)
     suite: str = setting("", "of the embedded world to train on; empty: its mixture",
                          ["", "reading", "reasoning", "regimes"])
     page: int = setting(10, "cells on a side of the embedded world's pages: visual tokens", low=7)
@@ -358,7 +359,8 @@ def check(s):
         (data and (s.suite or s.page != 10), "--suite and --page are of the embedded world, not --data"),
         ((write or read) and not data, "caches are of files: --write-cache and --density-cache need --data"),
         (write and read, "--write-cache makes a file, --density-cache reads one: give one of them"),
-        (write and not gradient, f"--write-cache is for one gradient score a position (c5, sl), not {s.cond}"),
+        (write and not gradient,
+         f"--write-cache is for one gradient score a position (c5, sl), not {s.cond}"),
         (write and int(os.environ.get("WORLD_SIZE", 1)) > 1, "--write-cache runs as one process"),
         (read and not (gradient or cond.weight == "density"),
          f"--density-cache is for one density or score a position, not {s.cond}"),
@@ -370,13 +372,15 @@ def check(s):
 
 def dry_run(s):
     """What the run would need, from the config alone: no weights are read."""
+    dtype = dtype_of(s.dtype, device_of(s.device, here=False))
     with torch.device("meta"):
-        teacher = Qwen3VL(Config.from_folder(s.teacher)).to(dtype_of(s.dtype, device_of(s.device, here=False)))
+        teacher = Qwen3VL(Config.from_folder(s.teacher)).to(dtype)
     objective = Distillation(s, teacher, convert(s, teacher))
     aligns, mixers = objective.cond.align is not None, objective.mixers
     frozen, trained = dict(teacher.named_parameters()), objective.parameters()
     new = {n: p for n, p in mixers.items() if objective.is_new(n)}
-    size, *counts = (sum(p.numel() for p in named.values()) / 1e6 for named in (frozen, new, mixers, trained))
+    size, *counts = (sum(p.numel() for p in part.values()) / 1e6
+                     for part in (frozen, new, mixers, trained))
     print(f"{s.teacher}: {size:,.1f} M frozen parameters, {len(objective.replaced)} of "
           f"{len(teacher.layers)} attention layers replaced")
     for stage, count in enumerate(counts if aligns else (0, 0, counts[2]), 1):
@@ -392,14 +396,15 @@ def main(argv=None):
         if s.dry_run:
             return dry_run(s)
         ranks, cond = start_processes(s), CONDS[s.cond]
-        if not s.write_cache:                             # a second run into --out ends before it loads
-            claim(s.out, ranks)
-        data = read_data(s.data) if s.data else World("train", s.seed, s.suite or None, cells=(s.page, s.page))
-        models = teacher, student, processor = build(s, torch.device("cpu") if s.shard else ranks.device)
+        if not s.write_cache:
+            claim(s.out, ranks)                           # a second run ends before it loads
+        world = World("train", s.seed, s.suite or None, cells=(s.page, s.page))
+        data = read_data(s.data) if s.data else world
+        teacher, student, processor = build(s, torch.device("cpu") if s.shard else ranks.device)
         if s.write_cache:
-            return write_scores(s.write_cache, cond, *models, data, refuse_pair, s.skip_bad)
+            return write_scores(s.write_cache, cond, teacher, student, processor, data, refuse_pair, s.skip_bad)
         if s.density_cache:                               # its fingerprint is of weights not yet split
-            processor.scores = open_scores(s.density_cache, cond, *models)
+            processor.scores = open_scores(s.density_cache, cond, teacher, student, processor)
         if s.shard:
             shard(ranks, teacher, student)
         objective = Distillation(s, teacher, student)
@@ -408,9 +413,10 @@ def main(argv=None):
         run(s, objective, processor, Checked(data, refuse_pair) if s.data else data, ranks)
     with one_sentence(OSError):
         if ranks.rank == 0:
-            if s.shard:                                   # a checkpoint holds whole tensors: read the last one
+            if s.shard:                                   # whole tensors are in the last checkpoint
                 teacher, student, processor = build(s, torch.device("cpu"))
-                load_parameters(last_checkpoint(Path(s.out)), Distillation(s, teacher, student).parameters())
+                whole = Distillation(s, teacher, student).parameters()
+                load_parameters(last_checkpoint(Path(s.out)), whole)
             finish(s, teacher, student, processor)
         ranks.end()
 

@@ -14,10 +14,10 @@ from functools import partial
 
 import torch
 
-from data import IGNORED, BadSample, collate, following
-from density import cache_corpus, visual_positions
+from data import IGNORED, BadSample, collate, each, following
+from density import visual_positions
 from model import causal_mask_needed
-from parts.cache import Cache, CacheError, contents, fingerprint, tower_fingerprint
+from parts.cache import Cache, CacheError, contents, fingerprint, tower_fingerprint, write_cache
 from parts.logits import token_logps
 
 def fisher_scores(teacher, replaced, e, mask, labels):
@@ -65,16 +65,18 @@ def write_scores(path, cond, teacher, student, processor, samples, check, skip=F
     even ratios apart: down to 1e-4 of a sample's largest, off by a factor of 1.36 at most."""
     replaced = student.config.hybrid["layers"]
 
-    def make(sample):
+    def record(name, sample):
         check(sample)
         encoded = processor.encode(sample)
         batch = collate([encoded], processor.pad_id).to(teacher.lm_head.weight.device)
         with torch.no_grad():
             e = teacher.embed(batch.ids, batch.mask, batch.pixels, batch.grids)
-        return encoded, position_scores(teacher, replaced, cond.layers, e, batch)[batch.mask]
+        rho = position_scores(teacher, replaced, cond.layers, e, batch)[batch.mask]
+        return name, contents(sample, encoded, "fisher"), encoded.grids, rho
 
     made_with = cache_fingerprint(cond, teacher, student, processor)
-    cache_corpus(path, samples, make, made_with, "fisher", skip)
+    write_cache(path, each(samples, record, skip), made_with, "fisher")
+    print(Cache(path, made_with, "fisher"))
 
 
 def open_scores(path, cond, teacher, student, processor):

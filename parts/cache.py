@@ -1,7 +1,7 @@
 """One score per position of a corpus, in 4 bits: a safetensors file that serves many runs (B.2).
 
-`density.py --cache` writes rho of Eq. 2, `distill.py --write-cache` the gradient scores of Eq. 7: each
-between its own sample's minimum and maximum. Not w, so text, tau and beta stay free.
+`density.py --cache` writes rho of Eq. 2, `distill.py --write-cache` the gradient scores of Eq. 7,
+between each sample's own minimum and maximum. Not w, so text, tau and beta stay free.
 
     sample  (n,)     first 8 bytes of the sha256 of the sample's id
     image   (n, 16)  half the sha256 of what the scores were computed from
@@ -28,9 +28,10 @@ VERSION, OLD = "2", b"HEEDrho4"               # OLD: how files of version 1 begi
 LEVELS = 15                                   # steps from a sample's minimum to its maximum
 COLUMNS = dict(sample="<i8", image="(16,)u1", range="(3,)<f4", place="(4,)<i8", grids="(3,)<i4",
                packed="u1", crc="<i8")
-KINDS = {   # what a record's `image` is the hash of, what has one score, what writes such a file
+KINDS = {     # what a record's `image` is the hash of, what has one score, what writes such a file
     "density": ("the image's bytes", "visual tokens", "python density.py --cache"),
-    "fisher": ("images, tokens or labels", "positions", "python distill.py --cond c5 --write-cache"),
+    "fisher": ("images, tokens or labels", "positions",
+               "python distill.py --cond c5 --write-cache"),
 }
 
 
@@ -84,7 +85,7 @@ def sample_key(sample_id):
 
 def image_key(sha):
     """sha: hex or bytes -> (16,) uint8, filled up with zeros."""
-    sha = bytes.fromhex(sha) if isinstance(sha, str) else bytes(sha)
+    sha = bytes.fromhex(sha) if isinstance(sha, str) else sha
     return np.frombuffer(sha[:16].ljust(16, b"\0"), "u1")
 
 
@@ -155,10 +156,11 @@ class Cache:
     def __init__(self, path, fingerprint, kind="density"):
         self.path, self.fingerprint, self.kind = Path(path), fingerprint, kind
         self.content, self.unit, command = KINDS[kind]
-        with open(path, "rb") as file:
-            if file.read(len(OLD)) == OLD:
-                raise CacheError(f"{path} has the format of an earlier version: write it anew with `{command}`")
         try:
+            with open(path, "rb") as file:
+                if file.read(len(OLD)) == OLD:
+                    raise CacheError(f"{path} has the format of an earlier version: write it anew with "
+                                     f"`{command}`")
             file = safe_open(path, "pt")
             head = file.metadata() or {}
             if head.keys() != {"version", "kind", "fingerprint", "crc"}:
@@ -166,17 +168,17 @@ class Cache:
             self.columns = {name: file.get_tensor(name).numpy() for name in COLUMNS}
         except SafetensorError as error:
             raise CacheError(f"{path} is truncated or grown, or its head is damaged ({error})") from None
-        version, found, made_with, crc = (head[k] for k in ("version", "kind", "fingerprint", "crc"))
+        version, found, made_with = head["version"], head["kind"], head["fingerprint"]
         sample = self.columns["sample"]
-        if str(checksum(version, found, made_with, sample)) != crc:
+        if str(checksum(version, found, made_with, sample)) != head["crc"]:
             raise CacheError(f"{path}: the head is damaged (CRC)")
         if (version, found) != (VERSION, kind):
             raise CacheError(f"{path} holds {found} values, version {version}; wanted {kind}, {VERSION}")
         if made_with != fingerprint:
             raise CacheError(f"{path} was made with another model or preprocessing: "
                              f"fingerprint {made_with[:12]}, this run has {fingerprint[:12]}")
-        self.order = sample.argsort()
-        self.n_records, self.n_values = len(sample), int(self.columns["place"][:, 1].sum())
+        self.order, self.n_records = sample.argsort(), len(sample)
+        self.n_values = int(self.columns["place"][:, 1].sum())
 
     def __reduce__(self):                                 # a data worker maps the file itself
         return Cache, (self.path, self.fingerprint, self.kind)
