@@ -51,7 +51,7 @@ class Cond:
     align: Optional[str]        # "output" of mixers, "residual" streams; None: Stages 1/2 are skipped
     weight: str = "uniform"     # a row of density.WEIGHTS
     mixer: str = "mamba2"
-    layers: str = "sum"         # whose gradients weigh a layer: of gradients: "sum" (Eq. 7), "each" its own, "middle"
+    layers: str = "sum"         # of gradients: "sum" over S* (Eq. 7), "each" its own, or the "middle"
     note: str = ""
 
 
@@ -155,8 +155,8 @@ def lockstep(teacher, student, replaced, e, mask, align="residual", feed="teache
             yield drift(s_next, r_next) if align == "residual" else drift(o_s, o_t)
         if i == max(replaced):                            # nothing is compared further up
             return
-        # Qwen3-VL adds the tower's features of other depths between its first layers. Both models
-        # get the same, so it is no error of the layer's: the streams were compared before.
+        # DeepStack: the tower's features of other depths are added between the first layers. It is
+        # the same for both models, so the layers' errors are taken before.
         if i < len(e.deepstack):
             r_next, s_next = r_next + e.deepstack[i], s_next + e.deepstack[i]
         r, s = r_next, s_next
@@ -218,8 +218,8 @@ class Distillation:
         stage = 1 + (progress >= borders[1]) + (progress >= borders[2])
         if self.cond.align is None:                      # C1: Stage 3 has the whole budget
             stage, borders = 3, [0, 0, 0, 1]
-        # 1: what is new, so that it does not drag along what was inherited. 2: the mixers. 3: those,
-        # or everything but the tower.
+        # Stage 1 keeps W_Q, W_K, W_V and W_O as they were inherited; Stage 3 trains what Stage 2
+        # does, and with --stage3 full all else but the tower.
         for name, p in self.mixers.items():
             p.requires_grad_(stage > 1 or self.is_new(name))
         for p in self.others.values():
