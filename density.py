@@ -1,4 +1,4 @@
-"""Density: one loss weight per position, from the frozen vision tower (Sect. 4.2, Algorithm 1, B.2).
+"""Density: a loss weight per position, from the frozen vision tower (Sect. 4.2, Algorithm 1, B.2).
 
 A patch that looks like its neighbours (sky, margin, wall) gets little weight in the residual
 alignment, one that differs from them (a letter, a chart mark, an edge) gets much. Nothing is
@@ -8,8 +8,8 @@ trained and the student gains nothing to carry.
     python density.py --cache rho.cache --data train.jsonl --teacher Qwen3-VL-8B-Instruct
 
     code     paper    shape
-    v        v_p      (n, h, w, C)  unit patch features, last ViT block, before the merger; C channels
-    rho      rho(p)   (n_visual,)   one per visual token, image after image, row after row of a batch;
+    v        v_p      (n, h, w, C)  unit patch features, last ViT block, before the merger
+    rho      rho(p)   (n_visual,)   one per visual token, images one after another;
                       (B, T)        then one per position (`to_positions`)
     visual   V(x)     (B, T) bool   image positions
     mask              (B, T) bool   real positions (False on padding): the T of "sum_p w(p) = T"
@@ -40,12 +40,10 @@ def patch_density(features, h, w, merge):
     """Eq. 2 for one image, or for n of the same size one after another.
 
     features (n*h*w, C): patches in merge-block order, i.e. flattened from (h/merge, w/merge, merge,
-    merge). Returns (n * h/merge * w/merge,) fp32 in raster order: the mean rho of each merge block,
-    for the loss is on visual tokens, and C.5's "final pre-projector layer" is read as rho on patches.
-    Raises ValueError if the sides are no multiples of merge or the rows fill no images.
-
-    N(p) contains p here. It cannot matter: with m the mean cosine to the other 8, rho = 1 - (1 + 8m)/9
-    = 8/9 (1 - m), and the factor 8/9 cancels in the min-max.
+    merge). Returns (n * h/merge * w/merge,) fp32 in raster order: the loss is on visual tokens, so
+    each gets the mean rho of its merge block, the patches of C.5's "pre-projector layer".
+    N(p) contains p, which cannot matter: with m the mean cosine to the other 8, rho = 1 - (1 + 8m)/9
+    = 8/9 (1 - m), and 8/9 cancels in the min-max. Raises ValueError if features fill no images.
     """
     if h % merge or w % merge or len(features) == 0 or len(features) % (h * w):
         raise ValueError(f"{len(features)} patches do not fill {h}x{w} images in {merge}x{merge} blocks")
@@ -73,8 +71,8 @@ def _sum3(v, dim):
 
 
 def image_densities(features, grids, merge):
-    """Eq. 2 for a batch: features (n_patches, C), grids (n_images, 3) of t, h, w in patches, each of
-    the t frames a picture of its own -> (n_visual,) fp32 in the order of the visual tokens. Raises
+    """Eq. 2 for a batch: features (n_patches, C), grids (n_images, 3) of t, h, w in patches, each
+    frame a picture of its own -> (n_visual,) fp32 in the order of the visual tokens. Raises
     ValueError if features do not fill the grids or are not finite."""
     sizes = [(h, w) for t, h, w in grids.tolist() for _ in range(t)]
     if sum(h * w for h, w in sizes) != len(features):
@@ -108,7 +106,7 @@ class Weighting:
             raise ValueError(f"minmax must be all or visual and tau > 0, not {self.minmax} and {self.tau}")
 
 
-FLAT = 1e-5      # a smaller range of rho is fp32 rounding: stretched to [0, 1], it would weight noise
+FLAT = 1e-5      # a smaller range of rho is fp32 rounding: stretched to [0, 1], w would be noise
 BOOST = 5.0      # what topk and random multiply the weight of their positions by (A.8)
 
 
@@ -133,8 +131,8 @@ def to_positions(rho, visual):
 
 
 def normalise_weights(raw, mask):
-    """The right half of Eq. 3, of every weight: raw (..., B, T) >= 0 -> the same in fp32, where a row
-    sums to its real positions and padding is 0. A row of zeros becomes uniform."""
+    """The right half of Eq. 3, of every weight: raw (..., B, T) >= 0 -> fp32, where a row sums to
+    its real positions and padding is 0. A row of zeros becomes uniform."""
     raw = raw.float() * mask                                  # (..., B, T)
     total = raw.sum(-1, keepdim=True)                         # (..., B, 1)
     count = mask.sum(-1, keepdim=True)                        # (B, 1)  T of each sample
@@ -145,8 +143,8 @@ def density_weights(rho, visual, mask, names=None, s=Weighting()):
     """Algorithm 1, condition C4: rho, visual and mask (B, T) -> w (B, T).
 
     minmax="all" (Algorithm 1): the text value enters before the min-max. minmax="visual" (Sect.
-    4.2): the range is that of the visual positions, and the text value is clamped into it, or text's
-    weight would go to infinity on a nearly even image. Where all scores are the same, w is uniform.
+    4.2): the range is that of visual positions, and the text value is clamped into it, or on a nearly
+    even image text's weight would go to infinity. Where all scores are the same, w is uniform.
     """
     score = torch.where(visual, rho, s.beta * rho)            # (B, T)  line 3: text has beta * mean
     over = mask if s.minmax == "all" else visual
@@ -166,8 +164,8 @@ def uniform_weights(rho, visual, mask, names=None, s=Weighting()):
 
 
 def fisher_weights(scores, visual, mask, names=None, s=Weighting()):
-    """C5, HEED-G (Eq. 7): w in proportion to |g|^2, with no exponential; scores (B, T), or (S, B, T)
-    where layers keep their own -> w of that shape."""
+    """C5, HEED-G (Eq. 7): w in proportion to |g|^2, with no exponential; scores (B, T), or where
+    layers keep their own (S, B, T), -> w of that shape."""
     if not ((torch.isfinite(scores) & (scores >= 0)) | ~mask).all():
         raise ValueError("gradient scores must be finite and non-negative")
     return normalise_weights(scores.masked_fill(~mask, 0), mask)
@@ -184,8 +182,8 @@ def modality_weights(rho, visual, mask, names=None, s=Weighting()):
 
 
 def topk_weights(rho, visual, mask, names=None, s=Weighting()):
-    """A.8: BOOST times the weight on the top k % of visual positions by rho; ties to the earlier. The
-    rest is "unchanged" up to the factor that keeps sum w = T: arms differ in where w goes alone."""
+    """A.8: BOOST times the weight on the top k % of visual positions by rho; ties to the earlier.
+    The rest is "unchanged" up to the factor that keeps sum w = T: only where w goes differs."""
     score = rho.masked_fill(~visual, -math.inf)
     rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)   # (B, T)  0 = densest
     chosen = rank < (visual.sum(1, keepdim=True) * s.k / 100).round()          # (B, T)
@@ -207,8 +205,8 @@ def shuffled_weights(rho, visual, mask, names=None, s=Weighting()):
 
 
 def drawn_by_name(visual, names, seed):
-    """A uniform random number for every visual position -> list of (n,), one per sample: by seed and
-    sample name alone, so the same in every epoch, batch and padding, as density is."""
+    """A uniform random number for every visual position -> list of (n,), one per sample: by seed
+    and sample name alone, so the same in every epoch, batch and padding, as density is."""
     if names is None or len(names) != len(visual):
         raise ValueError(f"random weights are drawn by sample name: {len(visual)} rows, names {names}")
     draws = []
@@ -218,8 +216,8 @@ def drawn_by_name(visual, names, seed):
     return draws
 
 
-# fn(rho (B, T), visual (B, T), mask (B, T), names [B], settings) -> w (B, T), of the settings what it
-# needs. A weight of your own is one function and one row.
+# fn(rho (B, T), visual (B, T), mask (B, T), names [B], settings) -> w (B, T). A weight of your own is
+# one function and one row.
 WEIGHTS = {
     "uniform":  uniform_weights,     # C2, C3
     "density":  density_weights,     # C4              tau, beta, minmax
