@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -337,6 +338,11 @@ def collate(encoded, pad_id, side="right"):
     grids = torch.cat([e.grids for e in seen]) if seen else None
     return Batch(ids, mask, labels, pixels, grids, [e.id for e in encoded],
                  [e.source for e in encoded], rho)
+
+
+def following(labels):
+    """The label of the next token, which is what a position predicts: (B, T) -> (B, T)."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 # ---- The order: the same for any number of workers and ranks -------------------------------------

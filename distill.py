@@ -21,33 +21,30 @@ decoder in lockstep:
     w         w(p), Eq. 3           (B, T)     sums to the number of real positions in every row
     replaced  S; streams are read at S* = S + 1, the output of each replaced layer
 
-How a run goes through its steps, on many devices and over interruptions, is loop.py's concern.
+density.py and fisher.py say where weights come from, loop.py how a run goes through its steps.
 """
 import copy
 import os
 import re
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from data import IGNORED, BadSample, collate, read_data
-from density import WEIGHTS, Weighting, cache_corpus, draw_sample, image_densities, to_positions
-from loop import (Checked, Settings, claim, load_model, load_parameters, one_sentence, parse, print_needs, run, setting,
-                  start_processes)
+from data import IGNORED, BadSample, following, read_data
+from density import WEIGHTS, Weighting, draw_sample, image_densities, to_positions, visual_positions
+from fisher import open_scores, position_scores, write_scores
+from loop import (Checked, Settings, claim, load_model, load_parameters, one_sentence, parse, print_needs,
+                  run, setting, start_processes)
 from model import Config, Qwen3VL, causal_mask_needed, device_of, dtype_of, to_hybrid
-from parts.cache import Cache, CacheError, contents, fingerprint, tower_fingerprint
+from parts.logits import in_chunks
 from parts.ranks import shard
 from parts.runs import last_checkpoint, tensor_bytes, writing
 from synthdoc import World
 
-# --------------------------------------------------------------------------------------------------
-# Table 10: what Stages 1 and 2 align, and with which weight. Stage 3 is the same for all.
-
+# ---- Table 10: what Stages 1 and 2 align, and with which weight. Stage 3 is the same for all. ----
 
 @dataclass(frozen=True)
 class Cond:
@@ -74,9 +71,7 @@ CONDS = {
     "shuffled":    Cond("residual", "shuffled",   note="control: C4's weights on other patches"),
 }
 
-# --------------------------------------------------------------------------------------------------
-# Settings: every field is a flag; those of any training run stand in loop.py
-
+# ---- Settings: every field is a flag; those of any training run stand in loop.py -----------------
 
 @dataclass
 class DistillSettings(Settings):
@@ -84,8 +79,7 @@ class DistillSettings(Settings):
     cond: str = setting("c4", "a row of CONDS", list(CONDS))
     mixer: str = setting("", "mamba2, gdn or FILE.py:CLASS; empty: as the condition says")
     keep_every: int = setting(4, "attention stays in every so-many-th layer (ledger 1)", low=2)
-    init: str = setting("default", "of new parameters; paper: N(0, 0.02) (ledger 3)",
-                        ["default", "paper"])
+    init: str = setting("default", "of what is new; paper: N(0, 0.02) (ledger 3)", ["default", "paper"])
     feed: str = setting("teacher", "whose stream a student layer reads in Stages 1/2 (ledger 4)",
                         ["teacher", "own"])
     stages: str = setting("10/30/60", "per cent of the budget for Stages 1, 2 and 3")
@@ -93,25 +87,25 @@ class DistillSettings(Settings):
                           "(ledger 5)", ["mixers", "full"])
     schedule: str = setting("whole", "one cosine over the budget, or one per stage (ledger 13)",
                             ["whole", "stage"])
-    kl: str = setting("answers", "positions of the KL term: supervised ones, or all that predict "
-                      "text; their number divides both terms (ledger 11)", ["answers", "text"])
+    kl: str = setting("answers", "positions of the KL term: supervised ones, or all that predict text; "
+                      "their number divides both terms (ledger 11)", ["answers", "text"])
     lambda_kl: float = setting(1.0, "Eq. 1", low=0)
     lambda_ce: float = setting(0.1, "Eq. 1", low=0)
     tau: float = setting(Weighting.tau, "temperature of Eq. 3", low=1e-6)
     beta: float = setting(Weighting.beta, "text's density over the mean visual density", low=0)
     minmax: str = setting(Weighting.minmax, "normalise before or after text enters (ledger 7)",
                           ["all", "visual"])
-    k: float = setting(Weighting.k, "per cent of positions that topk and random raise (A.8)",
-                       low=0, high=100)
-    density_cache: str = setting("", "file that `density.py --cache` wrote for this data and teacher; "
-                               "for conditions with gradient weights, that --write-cache wrote")
+    k: float = setting(Weighting.k, "per cent of positions that topk and random raise (A.8)", low=0,
+                       high=100)
+    density_cache: str = setting("", "file that `density.py --cache` wrote for this data and "
+                                 "teacher; for gradient weights, that --write-cache wrote")
     write_cache: str = setting("", "only write the condition's gradient scores to this file, for "
                                "later runs (B.2)", decides=False)
     suite: str = setting("", "of the embedded world to train on; empty: its mixture",
                          ["", "reading", "reasoning", "regimes"])
     page: int = setting(10, "cells on a side of the embedded world's pages: visual tokens", low=7)
-    questions: int = setting(256, "evaluation questions a suite at the end; 0 or --data: none",
-                             low=0, decides=False)
+    questions: int = setting(256, "evaluation questions a suite at the end; 0 or --data: none", low=0,
+                             decides=False)
 
 
 DEFAULTS = {                    # embedded world, real data (Table 11)
@@ -124,17 +118,14 @@ DEFAULTS = {                    # embedded world, real data (Table 11)
 
 def stage_shares(text):
     """--stages -> the budget's shares of Stages 1, 2 and 3, in per cent. Raises ValueError."""
-    number = r"\d+\.?\d*"
-    match = re.fullmatch(f"({number})/({number})/({number})", text)
-    shares = [float(share) for share in match.groups()] if match else []
+    numbers = re.fullmatch("/".join(3 * [r"(\d+\.?\d*)"]), text)
+    shares = [float(share) for share in numbers.groups()] if numbers else []
     if abs(sum(shares) - 100) > 1e-6:
         raise ValueError(f"--stages {text}: three shares that sum to 100 are needed, as 10/30/60")
     return shares
 
 
-# --------------------------------------------------------------------------------------------------
-# Stages 1 and 2: teacher and student in lockstep
-
+# ---- Stages 1 and 2: teacher and student in lockstep ---------------------------------------------
 
 def drift(s, r):
     """|| s - r ||^2 at every position: (B, T, D) x 2 -> (B, T), in fp32 at least."""
@@ -145,10 +136,10 @@ def drift(s, r):
 def lockstep(teacher, student, replaced, e, mask, align="residual", feed="teacher"):
     """Both models through the decoder side by side: yields the error (B, T) of each replaced layer.
 
-    e: the Embedded they share. align: "residual" compares the streams after each replaced layer
-    (Eq. 4 before its sums over l and p), "output" what the mixers put out (C2). feed: a replaced
-    layer reads the teacher's stream, so that each learns from clean input, or the student's own,
-    where errors add up as they do at inference. No stack of streams is kept.
+    e: the Embedded they share. align: "residual" compares the streams after each replaced layer (Eq.
+    4 before its sums over l and p), "output" what the mixers put out (C2). feed: whose stream a
+    replaced layer reads. The teacher's lets each learn from clean input; in the student's own,
+    errors add up as they do at inference. No stack of streams is kept.
     """
     r = s = e.x                                                         # (B, T, D)
     for i, (teacher_layer, student_layer) in enumerate(zip(teacher.layers, student.layers)):
@@ -164,57 +155,14 @@ def lockstep(teacher, student, replaced, e, mask, align="residual", feed="teache
             yield drift(s_next, r_next) if align == "residual" else drift(o_s, o_t)
         if i == max(replaced):                            # nothing is compared further up
             return
-        if i < len(e.deepstack):                          # the tower's features of other depths
+        # DeepStack: the tower's features of other depths are added between the first layers. It is
+        # the same for both models, so the layers' errors are taken before.
+        if i < len(e.deepstack):
             r_next, s_next = r_next + e.deepstack[i], s_next + e.deepstack[i]
         r, s = r_next, s_next
 
 
-def fisher_scores(teacher, replaced, e, mask, labels):
-    """The empirical Fisher's diagonal, || d R_x / d r[l, p] ||^2 at S* (B.3) -> (S, B, T) fp32.
-
-    R_x is the teacher's negative log-likelihood of x's supervised tokens. Rows do not mix, for the
-    loss is a sum over samples. Weights are frozen: one backward pass through activations alone.
-    """
-    with torch.enable_grad():
-        r, streams = e.x.detach().requires_grad_(), []
-        for i, layer in enumerate(teacher.layers):
-            r = teacher.run_layer(layer, r, mask, e.rope)[0]
-            if i in replaced:
-                streams.append(r)                        # where lockstep compares, before DeepStack
-            if i < len(e.deepstack):
-                r = r + e.deepstack[i]
-        target = following(labels)
-        rows = target != IGNORED
-        nll = -token_logps(teacher.norm(r)[rows], target[rows], teacher.lm_head).sum()
-        gradients = torch.autograd.grad(nll, streams)
-    return torch.stack([g.float().square().sum(-1) for g in gradients])
-
-
-# --------------------------------------------------------------------------------------------------
-# Stage 3: sums of losses on the logits. The n x V logits never exist at once: the head runs on
-# chunks of rows, which the backward pass recomputes.
-
-
-def following(labels):
-    """The label of the next token, which is what a position predicts: (B, T) -> (B, T)."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-
-
-def in_chunks(loss, chunk, *rows):
-    """loss(rows) of `chunk` rows at a time, in a list."""
-    return [checkpoint(loss, *piece, use_reentrant=False, preserve_rng_state=False)
-            for piece in zip(*(t.split(chunk) for t in rows)) if len(piece[0])]
-
-
-def token_logps(hidden, target, head, chunk=512):
-    """log p of each target: hidden (n, D), target (n,) -> (n,), in fp32 at least."""
-    def logps(h, y):
-        logits = head(h)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))            # (chunk, V)
-        return -F.cross_entropy(logits, y, reduction="none")
-    parts = in_chunks(logps, chunk, hidden, target)
-    return torch.cat(parts or [hidden.sum(-1)])        # no supervised row: (0,), still in the graph
-
+# ---- Stage 3: knowledge distillation on the logits -----------------------------------------------
 
 def kd_sums(student_hidden, teacher_hidden, target, student_head, teacher_head, chunk=512):
     """Sums over n rows of KL(teacher || student) and of CE, at temperature 1, in fp32 at least.
@@ -229,19 +177,14 @@ def kd_sums(student_hidden, teacher_hidden, target, student_head, teacher_head, 
             log_p = teacher_head(h_t).to(high).log_softmax(-1)
         return (log_p.exp() * (log_p - log_q)).sum(), ce
 
-    kl = ce = student_hidden.sum() * 0.0                 # keeps the graph when no row is supervised
+    # A sum over nothing keeps the graph when no row is supervised.
+    kl = ce = student_hidden.sum() * 0.0
     for a, b in in_chunks(sums, chunk, student_hidden, teacher_hidden, target):
         kl, ce = kl + a, ce + b
     return kl, ce
 
 
-# --------------------------------------------------------------------------------------------------
-# The objective: what trains when, and the loss of one micro-batch. sft_dpo.py has two more.
-
-
-def visual_positions(ids, config):
-    return (ids == config.image_token_id) | (ids == config.video_token_id)
-
+# ---- The objective that loop.py trains; sft_dpo.py has two more ----------------------------------
 
 class Distillation:
     def __init__(self, s, teacher, student):
@@ -273,8 +216,10 @@ class Distillation:
         rate's schedule, in shares of the budget."""
         borders = [0, self.shares[0] / 100, (self.shares[0] + self.shares[1]) / 100, 1]
         stage = 1 + (progress >= borders[1]) + (progress >= borders[2])
-        if self.cond.align is None:
+        if self.cond.align is None:                      # C1: Stage 3 has the whole budget
             stage, borders = 3, [0, 0, 0, 1]
+        # Stage 1 keeps W_Q, W_K, W_V and W_O as they were inherited; Stage 3 trains what Stage 2
+        # does, and with --stage3 full all else but the tower.
         for name, p in self.mixers.items():
             p.requires_grad_(stage > 1 or self.is_new(name))
         for p in self.others.values():
@@ -296,14 +241,14 @@ class Distillation:
     def align(self, batch, vision, backward):
         """Stages 1 and 2: Eq. 4 or Eq. 5, times the count T of real positions."""
         with torch.no_grad():
+            # The weights first: they come from the teacher alone, and no gradient passes them.
             e = self.teacher.embed(batch.ids, batch.mask, None, batch.grids, vision)
             visual = visual_positions(batch.ids, self.student.config)
             rho = batch.rho if self.s.density_cache else self.scores(batch, vision, visual, e)
             w = WEIGHTS[self.cond.weight](rho, visual, batch.mask, batch.names, self.s)
             w = w.expand(len(self.replaced), *batch.ids.shape)      # (S, B, T), as +LD has one each
         mask = causal_mask_needed(batch.mask)
-        errors = lockstep(self.teacher, self.student, self.replaced, e, mask, self.cond.align,
-                          self.s.feed)
+        errors = lockstep(self.teacher, self.student, self.replaced, e, mask, self.cond.align, self.s.feed)
         # Fed the teacher's stream, each layer's error is a graph of its own: differentiated before
         # the walk goes on, it leaves memory that does not grow with depth. Fed the student's, one
         # graph passes all layers and is differentiated at the end.
@@ -313,15 +258,14 @@ class Distillation:
             loss = loss + (backward(part) if one_by_one else part)
             plain = plain + error.detach() / len(self.replaced)
         loss, plain = loss if one_by_one else backward(loss), plain[batch.mask]
-        top = plain.topk(max(1, len(plain) // 100)).values.sum()    # ledger 15: few huge positions?
+        # For the log, without w, so that conditions compare. Ledger 15: is drift in few positions?
+        top = plain.topk(max(1, len(plain) // 100)).values.sum()
         return loss, len(plain), dict(drift=plain.sum(), drift_top1=top)
 
     def scores(self, batch, vision, visual, e):
         """rho, computed now: density (B, T), or gradient scores (B, T), in +LD (S, B, T)."""
         if self.cond.weight == "fisher":
-            mask = causal_mask_needed(batch.mask)
-            g = fisher_scores(self.teacher, self.replaced, e, mask, batch.labels)       # (S, B, T)
-            return dict(sum=g.sum(0), each=g, middle=g[len(g) // 2])[self.cond.layers]
+            return position_scores(self.teacher, self.replaced, self.cond.layers, e, batch)
         if vision is None:
             return to_positions(None, visual)
         merge = self.student.config.vision.spatial_merge_size
@@ -332,7 +276,8 @@ class Distillation:
 
     def kd(self, batch, vision, backward):
         """Stage 3: Eq. 1, times the number of positions."""
-        target = following(batch.labels)
+        # Logits are needed at few positions, those that predict an answer: only they pass the head.
+        target = following(batch.labels)                                # (B, T)
         rows = target != IGNORED
         if self.s.kl == "text":                        # all whose next token is text, answer or not
             text = batch.mask[:, 1:] & ~visual_positions(batch.ids[:, 1:], self.student.config)
@@ -346,17 +291,7 @@ class Distillation:
         return backward(loss), len(h_s), dict(kl=kl.detach(), ce=ce.detach())
 
 
-# --------------------------------------------------------------------------------------------------
-# The run: teacher in, student and its report out
-
-
-def refuse_pair(sample):
-    """Distillation would learn from the rejected answer of a preference pair too."""
-    if sample.chosen is not None:
-        raise BadSample(f"{sample.where or sample.id} is a preference pair, which is for "
-                        "`sft_dpo.py dpo` alone.")
-    return sample
-
+# ---- The run: teacher in, student and its report out ---------------------------------------------
 
 def convert(s, teacher):
     """The student, whose mixers are fp32 masters; all else is shared with the teacher and frozen,
@@ -380,43 +315,6 @@ def build(s, device):
     return teacher, convert(s, teacher), processor
 
 
-def cache_fingerprint(s, teacher, student, processor):
-    """What cached scores depend on besides the sample: for gradients, all of the teacher, and S."""
-    tower, cond = tower_fingerprint(teacher, processor), CONDS[s.cond]
-    if cond.weight == "density":
-        return tower
-    settings = dict(layers=cond.layers, replaced=student.config.hybrid["layers"], tower=tower)
-    return fingerprint(teacher, settings)
-
-
-def write_scores(s, objective, processor, dataset, made_with):
-    """One teacher backward pass per sample (Eq. 7) -> a cache that --density-cache reads. Scores
-    are even ratios apart: down to 1e-4 of a sample's largest, off by a factor of 1.36 at most."""
-    def make(sample):
-        encoded = processor.encode(refuse_pair(sample))
-        batch = collate([encoded], processor.pad_id).to(objective.teacher.lm_head.weight.device)
-        with torch.no_grad():
-            e = objective.teacher.embed(batch.ids, batch.mask, batch.pixels, batch.grids)
-        return encoded, objective.scores(batch, None, None, e)[batch.mask]
-
-    cache_corpus(s.write_cache, dataset, make, made_with, "fisher", s.skip_bad)
-
-
-def cached_scores(cache, config, sample, encoded):
-    """A row of batch.rho (T,), in 4 bits what `scores` would make of it. Raises BadSample."""
-    density = cache.kind == "density"
-    if density and not sample.images:                     # not in the cache; as to_positions has it
-        return torch.zeros(encoded.ids.shape)
-    try:
-        made_from = contents(sample, encoded, cache.kind)
-        values, mean = cache.record(encoded.id, made_from, encoded.grids)
-    except CacheError as error:
-        raise BadSample(str(error)) from None
-    rho = torch.full(encoded.ids.shape, mean)         # of before rounding: what text positions read
-    rho[visual_positions(encoded.ids, config) if density else slice(None)] = values
-    return rho
-
-
 def finish(s, teacher, student, processor):
     """Saves the merged student, judges it beside its teacher, draws density maps of some pages."""
     from evaluate import evaluate_models, table           # judging is not needed to train
@@ -425,14 +323,13 @@ def finish(s, teacher, student, processor):
     with writing(out, tensor_bytes(student.state_dict())):
         student.save_pretrained(out)
     if s.data:
-        print(f"The student is in {out}. python evaluate.py {s.teacher} {out} --bench NAME=FILE "
-              "judges it.")
+        print(f"The student is in {out}. python evaluate.py {s.teacher} {out} --bench NAME=FILE judges it.")
         return
     draw_pages(teacher, processor, out / "density", s.page)
     if s.questions:
-        models = {"teacher": teacher, s.cond: student}
         benches = {s.suite: None} if s.suite else None
-        report = table(evaluate_models(models, processor, s.questions, benches, page=s.page))
+        report = table(evaluate_models({"teacher": teacher, s.cond: student}, processor, s.questions,
+                                       benches, page=s.page))
         (out / "table.md").write_text(report + "\n")
         print(f"\n{report}\n")
     print(f"{out} holds the student (loads like its teacher), log.jsonl"
@@ -447,6 +344,13 @@ def draw_pages(teacher, processor, folder, page, count=3):
             draw_sample(teacher, processor, sample, folder / f"{sample.source}.png")
 
 
+def refuse_pair(sample):
+    """Distillation would learn from the rejected answer of a preference pair too."""
+    if sample.chosen is not None:
+        raise BadSample(f"{sample.where or sample.id} is a preference pair, which is for "
+                        "`sft_dpo.py dpo` alone.")
+
+
 def check(s):
     """Refuses flags that contradict each other, before anything is loaded. Raises ValueError."""
     cond, data, write, read = CONDS[s.cond], s.data, s.write_cache, s.density_cache
@@ -455,7 +359,8 @@ def check(s):
         (data and (s.suite or s.page != 10), "--suite and --page are of the embedded world, not --data"),
         ((write or read) and not data, "caches are of files: --write-cache and --density-cache need --data"),
         (write and read, "--write-cache makes a file, --density-cache reads one: give one of them"),
-        (write and not gradient, f"--write-cache is for one gradient score a position (c5, sl), not {s.cond}"),
+        (write and not gradient,
+         f"--write-cache is for one gradient score a position (c5, sl), not {s.cond}"),
         (write and int(os.environ.get("WORLD_SIZE", 1)) > 1, "--write-cache runs as one process"),
         (read and not (gradient or cond.weight == "density"),
          f"--density-cache is for one density or score a position, not {s.cond}"),
@@ -467,15 +372,15 @@ def check(s):
 
 def dry_run(s):
     """What the run would need, from the config alone: no weights are read."""
-    device = device_of(s.device, here=False)
+    dtype = dtype_of(s.dtype, device_of(s.device, here=False))
     with torch.device("meta"):
-        teacher = Qwen3VL(Config.from_folder(s.teacher)).to(dtype_of(s.dtype, device))
+        teacher = Qwen3VL(Config.from_folder(s.teacher)).to(dtype)
     objective = Distillation(s, teacher, convert(s, teacher))
-    aligns = objective.cond.align is not None
+    aligns, mixers = objective.cond.align is not None, objective.mixers
     frozen, trained = dict(teacher.named_parameters()), objective.parameters()
-    new = {n: p for n, p in objective.mixers.items() if objective.is_new(n)}
-    size, *counts = (sum(p.numel() for p in named.values()) / 1e6
-                     for named in (frozen, new, objective.mixers, trained))
+    new = {n: p for n, p in mixers.items() if objective.is_new(n)}
+    size, *counts = (sum(p.numel() for p in part.values()) / 1e6
+                     for part in (frozen, new, mixers, trained))
     print(f"{s.teacher}: {size:,.1f} M frozen parameters, {len(objective.replaced)} of "
           f"{len(teacher.layers)} attention layers replaced")
     for stage, count in enumerate(counts if aligns else (0, 0, counts[2]), 1):
@@ -490,30 +395,28 @@ def main(argv=None):
         check(s)
         if s.dry_run:
             return dry_run(s)
-        ranks = start_processes(s)
-        if not s.write_cache:                             # a second run into --out ends before it loads
-            claim(s.out, ranks)
+        ranks, cond = start_processes(s), CONDS[s.cond]
+        if not s.write_cache:
+            claim(s.out, ranks)                           # a second run ends before it loads
         world = World("train", s.seed, s.suite or None, cells=(s.page, s.page))
-        dataset = read_data(s.data) if s.data else world
+        data = read_data(s.data) if s.data else world
         teacher, student, processor = build(s, torch.device("cpu") if s.shard else ranks.device)
-        if s.write_cache or s.density_cache:            # of whole weights, so before they are split
-            made_with = cache_fingerprint(s, teacher, student, processor)
         if s.write_cache:
-            return write_scores(s, Distillation(s, teacher, student), processor, dataset, made_with)
-        if s.density_cache:
-            cache = Cache(s.density_cache, made_with, CONDS[s.cond].weight)
-            processor.scores = partial(cached_scores, cache, teacher.config)
+            return write_scores(s.write_cache, cond, teacher, student, processor, data, refuse_pair, s.skip_bad)
+        if s.density_cache:                               # its fingerprint is of weights not yet split
+            processor.scores = open_scores(s.density_cache, cond, teacher, student, processor)
         if s.shard:
             shard(ranks, teacher, student)
         objective = Distillation(s, teacher, student)
         claim(s.out, ranks, make=True)
     with one_sentence(BadSample, OSError):
-        run(s, objective, processor, Checked(dataset, refuse_pair) if s.data else dataset, ranks)
+        run(s, objective, processor, Checked(data, refuse_pair) if s.data else data, ranks)
     with one_sentence(OSError):
         if ranks.rank == 0:
-            if s.shard:                                   # a checkpoint holds whole tensors: read the last one
+            if s.shard:                                   # whole tensors are in the last checkpoint
                 teacher, student, processor = build(s, torch.device("cpu"))
-                load_parameters(last_checkpoint(Path(s.out)), Distillation(s, teacher, student).parameters())
+                whole = Distillation(s, teacher, student).parameters()
+                load_parameters(last_checkpoint(Path(s.out)), whole)
             finish(s, teacher, student, processor)
         ranks.end()
 

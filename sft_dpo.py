@@ -31,11 +31,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import IGNORED, BadSample, NoPreference, Processor, read_data
-from distill import following, token_logps
+from data import IGNORED, BadSample, NoPreference, Processor, following, read_data
 from loop import (Checked, Settings, claim, load_model, load_parameters, one_sentence, parse,
                   print_needs, run, setting, start_processes)
 from model import Config, Qwen3VL, dtype_of
+from parts.logits import token_logps
 from parts.lora import LoRA, adapters_off, exchange, merge_adapters
 from parts.ranks import shard
 from parts.runs import last_checkpoint, tensor_bytes, writing

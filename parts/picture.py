@@ -7,20 +7,16 @@ from PIL import Image, ImageDraw, ImageFont
 RAMP = [(255, 249, 232), (246, 180, 106), (178, 58, 92), (26, 12, 56)]
 
 
-def _colour(tilde):
-    """tilde (h, w) in [0, 1] -> an image along RAMP, which only ever darkens."""
+def _colour(tilde):                           # (h, w) in [0, 1] -> an image along RAMP
     stops = np.linspace(0, 1, len(RAMP))
     rgb = [np.interp(tilde, stops, channel) for channel in zip(*RAMP)]
     return Image.fromarray(np.stack(rgb, -1).astype(np.uint8))
 
 
 def draw_map(image, rho, long_side=560):
-    """The picture beside its density map, over a strip that says how to read it.
-
-    image: PIL image; rho (h, w): one value per visual token. Returns a PIL image in RGB. The map is
-    min-max normalised for this picture and laid over a faint grey print of it, one square per
-    visual token.
-    """
+    """image: PIL; rho (h, w), one value per visual token -> a PIL image in RGB: the picture beside its
+    map, over a strip that says how to read it. The map is min-max normalised for this picture and
+    laid over a faint grey print of it, one square per visual token."""
     rho = torch.as_tensor(rho).float().cpu().numpy()
     low, high = float(rho.min()), float(rho.max())
     scale, gap, strip = long_side / max(image.size), 12, 40

@@ -25,10 +25,10 @@ from torch.utils._pytree import tree_leaves
 
 import density
 import distill
+import fisher
 import loop
 from data import BadSample, Fetch, Micro, Processor, Sample, collate
 from model import Config, Qwen3VL, TextConfig, VisionConfig
-from parts.cache import Cache
 from synthdoc import World
 
 ROOT = Path(distill.__file__).parent
@@ -236,7 +236,7 @@ def test_every_condition_compares_what_the_papers_tables_say(teacher, tmp_path, 
         patch.setitem(density.WEIGHTS, distill.CONDS[cond].weight, lambda *a: used.append(real(*a)) or used[-1])
         loss = objective.loss(batch, "stage 2")[0].item()
     if kind in ("sum", "each", "middle"):
-        scores = distill.fisher_scores(f, [0, 1, 2], e, None, batch.labels)
+        scores = fisher.fisher_scores(f, [0, 1, 2], e, None, batch.labels)
         scores = dict(sum=scores.sum(0)[None].expand(3, -1, -1), each=scores, middle=scores[1:2].expand(3, -1, -1))[kind]
         w = [x * batch.mask / (x * batch.mask).sum(1, keepdim=True) * batch.mask.sum(1, keepdim=True) for x in scores]
     elif kind in ("random", "shuffled"):                  # another control's weights, in other places of its rows
@@ -254,7 +254,7 @@ def test_fisher_scores_are_finite_differences_of_the_teachers_loss(teacher, tmp_
     batch, alone = three_rows(processor)
     with torch.no_grad():
         e = f.embed(batch.ids, batch.mask, batch.pixels, batch.grids)
-    scores = distill.fisher_scores(f, [0, 1, 2], e, None, batch.labels)                 # (S, B, T)
+    scores = fisher.fisher_scores(f, [0, 1, 2], e, None, batch.labels)                 # (S, B, T)
 
     def loss(row, layer, p, nudge):
         handle = f.layers[layer].register_forward_hook(
@@ -274,8 +274,7 @@ def weights(s, f, g, processor, samples, cache=""):
     """w (B, T), or (S, B, T), as a run has it: by a spy on the row of density.WEIGHTS."""
     s.density_cache, kind, found = str(cache), distill.CONDS[s.cond].weight, []
     if cache:
-        opened = Cache(cache, distill.cache_fingerprint(s, f, g, processor), kind)
-        processor.scores = partial(distill.cached_scores, opened, f.config)
+        processor.scores = fisher.open_scores(cache, distill.CONDS[s.cond], f, g, processor)
     batch = collate([processor.encode(x) for x in samples], processor.pad_id)
     with pytest.MonkeyPatch.context() as patch:
         real = density.WEIGHTS[kind]
@@ -342,7 +341,7 @@ def test_cached_gradient_weights_are_the_live_ones_and_no_other_texts(teacher, t
     real = mask & (live > 1e-3 * live.amax(1, keepdim=True))             # below, a weight is floored
     assert not torch.equal(kept, live) and (kept / live)[real].log().abs().max() < 2 * np.log(1.36)
     torch.testing.assert_close(kept.sum(1), (kept > 0).sum(1).float())
-    monkeypatch.setattr(distill, "fisher_scores", None)   # a run with the cache never looks back
+    monkeypatch.setattr(fisher, "fisher_scores", None)   # a run with the cache never looks back
     stand_in = Fetch(samples, processor)[Micro((), True, {})]               # for ranks that ran out of samples
     assert torch.equal(density.WEIGHTS["fisher"](stand_in.rho, None, stand_in.mask), stand_in.mask.float())
     assert stand_in.weight == 0 and distill.Distillation(s, f, g).loss(stand_in, "stage 2")[1] == 1
