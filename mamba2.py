@@ -39,8 +39,7 @@ from parts.fast import convolve, convolve_one, fused, gate_heads, mamba_ssm_step
 
 @fused(training=False)
 def step(x, dt, A, B, C, D, state):
-    """One position of the recurrence above: x (B,G,P), dt (B,H), B (B,G,N), C (B,H,N) -> y (B,H,P),
-    state."""
+    """One position: x (B,G,P), dt (B,H), B (B,G,N), C (B,H,N) -> y (B,H,P), state."""
     x, B = (z.repeat_interleave(C.shape[1] // z.shape[1], dim=1) for z in (x, B))  # groups to heads
     decay = torch.exp(dt * A)[..., None, None]                                        # (B, H, 1, 1)
     state = decay * state + (dt[..., None] * x)[..., :, None] * B[..., None, :]       # (B, H, P, N)
@@ -49,8 +48,7 @@ def step(x, dt, A, B, C, D, state):
 
 
 def chunked_ssd(x, dt, A, B, C, D, state, Q):
-    """`step` over T positions, Q at a time, as matrix products: -> y (B,T,H,P), the state after
-    them.
+    """`step` over T positions, Q at a time, as matrix products: -> y (B,T,H,P), the last state.
 
     Within a chunk this is causal attention with a decay in the place of softmax; from chunk to
     chunk the state is handed on. Arguments as `ssd` has them, in one dtype.
@@ -60,8 +58,7 @@ def chunked_ssd(x, dt, A, B, C, D, state, Q):
         x, B = (z.repeat_interleave(C.shape[2] // z.shape[2], dim=2) for z in (x, B))   # groups to heads
         x, dt, B, C = (z.transpose(1, 2) for z in (x, dt[..., None], B, C))           # (B, H, Q, .)
         total = (dt * A[:, None, None]).cumsum(2)      # log of the decay from before the chunk to t
-        # The decay from s to t is exp(total_t - total_s). The difference comes first: each exp
-        # alone may be 0.
+        # The decay from s to t. The difference comes before exp: each exp alone may be 0.
         causal = torch.ones(x.shape[2], x.shape[2], dtype=torch.bool, device=x.device).tril()
         L = (total - total.mT).masked_fill(~causal, -math.inf).exp()                  # (B, H, Q, Q)
         inside = (L * (C @ B.mT)) @ (dt * x)              # what entered in this chunk
@@ -73,8 +70,7 @@ def chunked_ssd(x, dt, A, B, C, D, state, Q):
 
 
 def ssd(x, dt, A, B, C, D=None, state=None, mask=None, chunk=None):
-    """The recurrence over any T positions, from any state: -> y (B,T,H,P), the state after them
-    (B,H,P,N).
+    """The recurrence over any T positions, from any state: -> y (B,T,H,P), the state (B,H,P,N).
 
     x (B,T,G,P), dt (B,T,H) >= 0, A (H,) < 0, B (B,T,G,N), C (B,T,H,N); D (H,) and state (B,H,P,N),
     None for zeros; mask (B,T) bool or None: at padding dt is set to zero, so that nothing enters or
