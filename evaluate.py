@@ -1,14 +1,16 @@
-"""Answers and metrics: teacher against students in a table like the paper's 1, 2 and 4 (Sect. 5, A.2, C.1).
+"""Answers and metrics: teacher against students, as in the paper's Tables 1, 2 and 4 (Sect. 5, C.1).
 
-    python evaluate.py tiny out/c3 out/c4                     the embedded world, 500 questions a suite
-    python evaluate.py TEACHER STUDENT --bench docvqa_val=DATA.parquet --bench ai2d=ROWS.jsonl --device cuda
-    python evaluate.py --rescore out/eval/answers-*.jsonl     scores again, without a model
-    python evaluate.py --lmms-eval --model qwen3_vl --model_args pretrained=out/c4 --tasks docvqa_val,chartqa
+    python evaluate.py tiny out/c3 out/c4                the embedded world, 500 questions a suite
+    python evaluate.py TEACHER STUDENT --bench docvqa_val=DATA.parquet --bench ai2d=ROWS.jsonl
+    python evaluate.py TEACHER STUDENT --resume          goes on after an interruption
+    python evaluate.py --rescore out/eval/answers-*.jsonl      scores again, without a model
 
-benchmarks.py has the prompts and metrics. Every reply is greedy (C.1) and kept with what its metric needs.
+parts/benchmarks.py has the prompts and metrics, plugins/lmms_eval.py our models inside lmms-eval.
 
-From top to bottom: reading; answering; the table with paired bootstrap intervals; the gallery (Fig. 6); the plugin
-for lmms-eval itself.
+From top to bottom: questions; answers; the table with paired bootstrap intervals; the gallery
+(Fig. 6). A record is one answer of one model, a dict: benchmark, id, part, question, image
+(references), gold, row (what the metric reads), run, answer, parsed, unparsed, score (0..1; None
+where this kind of question is not scored).
 """
 import argparse
 import copy
@@ -17,9 +19,9 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import sys
 import textwrap
-import types
 import zlib
 from collections import Counter, defaultdict
 from io import BytesIO
@@ -31,61 +33,71 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from parts.benchmarks import BENCHMARKS, EMBEDDED, HARNESS_TOKENS, SYSTEM
-from data import BadSample, Processor, Sample, collate
+from data import BadSample, Processor, Sample, collate, flattened, open_image
 from model import Config, Qwen3VL, device_of, dtype_of
+from parts.benchmarks import BENCHMARKS, EMBEDDED, HARNESS_TOKENS, SYSTEM
 
-# ---------------------------------------------------------------------------------------------------------
-# Reading: a benchmark's questions as (record, Sample)
+# --------------------------------------------------------------------------------------------------
+# Questions: a benchmark's rows as (record, Sample)
 
 
 def json_rows(file):
-    with open(file, encoding="utf-8-sig") as lines:        # -sig: some editors write a byte-order mark
+    """The objects of a JSONL file. Raises ValueError that names the line which is none."""
+    with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
                     row = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     row = None
                 if not isinstance(row, dict):
                     raise ValueError(f"{file} line {number} is not a JSON object")
                 yield row
 
 
-def rows_of(path):
-    """Yields (row, FILE#NUMBER) of JSONL or parquet, a file, folder or pattern. Raises FileNotFoundError, and ValueError
-    that names the line which is no JSON object."""
-    found = [str(path)] if Path(path).is_file() else sorted(glob.glob(f"{path}/*" if Path(path).is_dir() else str(path)))
-    files = [f for f in found if f.endswith((".jsonl", ".parquet"))]
+def parquet_rows(file):
+    try:
+        import pyarrow.parquet                             # optional: only for parquet
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=32):
+            yield from batch.to_pylist()
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as parquet: {error}") from None
+
+
+def read_rows(path):
+    """Yields (row, FILE#NUMBER) of JSONL or parquet: a file, a folder or a pattern."""
+    pattern = f"{path}/*" if Path(path).is_dir() else str(path)
+    files = [str(path)] if Path(path).is_file() else sorted(glob.glob(pattern))
+    files = [file for file in files if file.endswith((".jsonl", ".parquet"))]
     if not files:
         raise FileNotFoundError(f"{path} has no .jsonl or .parquet file")
     for file in files:
-        if file.endswith(".jsonl"):
-            rows = json_rows(file)
-        else:
-            import pyarrow.parquet                         # optional: only for parquet
-            batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=32)
-            rows = (row for batch in batches for row in batch.to_pylist())
-        for i, row in enumerate(rows):
-            yield row, f"{file}#{i}"
+        rows = json_rows(file) if file.endswith(".jsonl") else parquet_rows(file)
+        for number, row in enumerate(rows):
+            yield row, f"{file}#{number}"
 
 
-def opened(cell, folder):
-    """An image cell (path, bytes, or a parquet file's {"bytes", "path"}) -> RGB, as lmms-eval converts it."""
-    cell = cell.get("bytes") or cell["path"] if isinstance(cell, dict) else cell
-    image = Image.open(BytesIO(cell) if isinstance(cell, bytes) else Path(folder) / cell)
-    return ImageOps.exif_transpose(image).convert("RGB")   # as the package datasets does on decoding
+def read_image(cell, folder):
+    """A row's image (a path, bytes, or parquet's {"bytes", "path"}) -> RGB, upright."""
+    cell = cell.get("bytes") or cell.get("path") if isinstance(cell, dict) else cell
+    if not isinstance(cell, (str, bytes)):
+        raise ValueError(f"{cell!r} is neither a path nor a file's bytes")
+    with open_image(BytesIO(cell) if isinstance(cell, bytes) else Path(folder) / cell) as image:
+        image = ImageOps.exif_transpose(image)             # as the package datasets does
+        # Like lmms-eval, convert() shows what lies under transparent pixels; training shows white.
+        # But it clips tones of more than 8 bits: those are read as in training.
+        return flattened(image) if image.mode[0] in "IF" else image.convert("RGB")
 
 
-def picture(reference):
+def find_image(reference):
     """The image that a record names: FILE#ROW#COLUMN, or synthdoc:SUITE:SEED:PAGE:INDEX."""
     if reference.startswith("synthdoc:"):
         from synthdoc import World
         _, suite, seed, page, index = reference.split(":")
         return World("eval", int(seed), suite, (int(page), int(page)))[int(index)].images[0]
-    file, row, column = reference.rsplit("#", 2)
-    cell = next(itertools.islice(rows_of(file), int(row), None))[0][column]
-    return opened(cell, Path(file).parent)
+    file, number, column = reference.rsplit("#", 2)
+    row, _ = next(itertools.islice(read_rows(file), int(number), None))
+    return read_image(row[column], Path(file).parent)
 
 
 def embedded_questions(suite, n, seed, page):
@@ -95,125 +107,217 @@ def embedded_questions(suite, n, seed, page):
     for i in range(n or 500):
         sample = world[i]
         prompt, gold = sample.messages[0], sample.messages[1]["content"][0]["text"]
-        text = "".join(part.get("text", "") for part in prompt["content"])
-        yield (dict(benchmark=suite, id=sample.id, part=sample.source, image=[f"synthdoc:{suite}:{seed}:{page}:{i}"],
-                    question=text, gold=gold, row={"answer": gold}),
-               Sample(sample.id, [prompt], sample.images, sample.source))
+        record = dict(benchmark=suite, id=sample.id, part=sample.source,
+                      image=[f"synthdoc:{suite}:{seed}:{page}:{i}"],
+                      question="".join(part.get("text", "") for part in prompt["content"]),
+                      gold=gold, row={"answer": gold})
+        yield record, Sample(sample.id, [prompt], sample.images, sample.source)
 
 
 def file_questions(name, path, n):
     """The first n rows (None: all). Images come before the text, as in lmms-eval.
 
-    Raises ValueError naming the column that a row lacks."""
-    bench = BENCHMARKS[name]
-    for number, (row, reference) in enumerate(itertools.islice(rows_of(path), n)):
+    Raises ValueError that names the row, and the column that it lacks."""
+    for number, (row, place) in enumerate(itertools.islice(read_rows(path), n)):
         try:
-            text, columns = bench.ask(row), bench.images(row)
-            try:
-                images = [opened(row[c], Path(reference).parent) for c in columns]
-            except (OSError, ValueError, AttributeError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
-                raise ValueError(f"{reference}: its image cannot be read: {error}") from None
-            kept = [c.rstrip("?") for c in bench.keep.split() if c[-1] != "?" or c[:-1] in row]
-            kept = {c: [row[c]] if c == "answers" and isinstance(row[c], str) else row[c] for c in kept}
-            part, gold = bench.part(row), bench.gold(row)
-            bench.metric("", kept)                         # what cannot be scored shows before it is answered
+            record, cells = file_record(name, row, number, place)
         except KeyError as lacking:
-            raise ValueError(f"{reference}: {name} needs a column {lacking}, not in {sorted(row)}") from None
-        except (TypeError, AttributeError, IndexError, ZeroDivisionError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{reference} is no question of {name}: {error}") from None
-        record = dict(benchmark=name, id=str(row.get(bench.id, number)), part=part, question=text,
-                      image=[f"{reference}#{c}" for c in columns], gold=gold, row=kept)
-        content = [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]
-        yield record, Sample(record["id"], [dict(role="system", content=[{"type": "text", "text": SYSTEM}]),
-                                            dict(role="user", content=content)], images, name)
+            raise ValueError(f"{place}: {name} needs a column {lacking}, "
+                             f"not in {sorted(row)}") from None
+        except (ValueError, TypeError, AttributeError, IndexError, ArithmeticError,
+                SyntaxError) as error:
+            raise ValueError(f"{place} is no question of {name}: {error}") from None
+        try:
+            images = [read_image(cell, Path(place).parent) for cell in cells]
+        except Exception as error:                 # a broken file lets Pillow raise anything
+            raise ValueError(f"{place}: its image cannot be read: {error}") from None
+        content = [{"type": "image"}] * len(images) + [{"type": "text", "text": record["question"]}]
+        messages = [dict(role="system", content=[{"type": "text", "text": SYSTEM}]),
+                    dict(role="user", content=content)]
+        yield record, Sample(record["id"], messages, images, name, where=place)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Answering
+def file_record(name, row, number, place):
+    """A row -> its record, and its image cells."""
+    bench = BENCHMARKS[name]
+    if not isinstance(row.get("question", ""), str):
+        raise TypeError(f"its question is {row['question']!r}")
+    question, columns = bench.ask(row), bench.images(row)
+    cells = [row[column] for column in columns]
+    kept = [c.rstrip("?") for c in bench.keep.split() if c[-1] != "?" or c[:-1] in row]
+    kept = {column: row[column] for column in kept}
+    if isinstance(kept.get("answers"), str):
+        kept["answers"] = [kept["answers"]]
+    record = dict(benchmark=name, id=str(row.get(bench.id, number)), part=bench.part(row),
+                  question=question, image=[f"{place}#{column}" for column in columns],
+                  gold=bench.gold(row), row=kept)
+    # What cannot be scored, merged with its rotated copies or written shows before it is asked.
+    bench.metric("", kept)
+    tally([{**record, "score": 0.0}], bench.overall)
+    json.dumps(record, ensure_ascii=False).encode()
+    return record, cells
 
 
-def answer(model, processor, samples, batch_size=16, max_new_tokens=32, label="answers"):
+# --------------------------------------------------------------------------------------------------
+# Answers
+
+
+def full_processor(folder):
+    """A Processor that cuts no question short: training's caps are not for evaluation."""
+    return Processor(folder, max_tokens=262144, max_text_tokens=262144,
+                     max_visual_tokens=HARNESS_TOKENS[1])
+
+
+def harness_processor(processor):
+    """The same with lmms-eval's bounds on an image, for questions from files."""
+    processor = copy.copy(processor)
+    processor.min_pixels, processor.max_pixels = (
+        tokens * processor.factor ** 2 for tokens in HARNESS_TOKENS)
+    return processor
+
+
+def answer(model, processor, samples, batch_size=16, max_new_tokens=32, label="answers",
+           eager=False):
     """Greedy replies to a list of samples whose last turn is the user's, in their order.
 
-    Rows of like length share a batch, longest first: few padded positions, and what does not fit in memory
-    fails at once. A batch may mix image sizes, and samples without an image. Raises data.BadSample."""
+    A batch may mix image sizes, and samples without an image. eager: without CUDA graphs.
+    Raises data.BadSample."""
     device, replies = next(model.parameters()).device, [""] * len(samples)
+    graph = {"graph": False} if eager else {}
+    # Rows of like length share a batch: few padded positions. The longest come first: what does
+    # not fit in memory fails at once.
     lengths = [processor.length(sample, add_generation_prompt=True) for sample in samples]
     order = sorted(range(len(samples)), key=lambda i: -lengths[i])
-    for at in tqdm(range(0, len(order), batch_size), desc=label, leave=False, disable=None):
-        rows = order[at:at + batch_size]
+    for start in tqdm(range(0, len(order), batch_size), desc=label, leave=False, disable=None):
+        rows = order[start:start + batch_size]
         encoded = [processor.encode(samples[i], add_generation_prompt=True) for i in rows]
         batch = collate(encoded, processor.pad_id, side="left").to(device)
         mask = None if batch.mask.all() else batch.mask
-        ids = model.generate(batch.ids, mask, batch.pixels, batch.grids, max_new_tokens=max_new_tokens)
+        ids = model.generate(batch.ids, mask, batch.pixels, batch.grids,
+                             max_new_tokens=max_new_tokens, **graph)
         for i, tokens in zip(rows, ids):
             replies[i] = processor.decode(tokens)
     return replies
 
 
-def weights_of(folder, dtype):
-    """A mark of a folder's weights by size and time, and of their precision: answers of others are not to be gone on."""
-    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(folder).glob("*.safetensors"))]
-    return hashlib.sha256(repr((files, dtype)).encode()).hexdigest()[:12]
-
-
-def judged(record):
-    """A record with its `answer`, scored: adds parsed, unparsed and score. Needs no model."""
-    score, parsed = BENCHMARKS[record["benchmark"]].metric(record["answer"].strip(), record["row"])
+def with_score(record):
+    """A record with its `answer` -> parsed, unparsed and score added. Needs no model."""
+    metric = BENCHMARKS[record["benchmark"]].metric
+    score, parsed = metric(record["answer"].strip(), record["row"])
     return {**record, "parsed": parsed, "unparsed": parsed is None, "score": score}
 
 
-def evaluate_models(models, processor, n=None, benches=None, seed=0, batch_size=16, max_new_tokens=None,
-                    device="cpu", dtype=None, keep=None, page=10, resume=False):
-    """Asks every model the same questions. Returns {name: [records]}, what `table` and `gallery` take.
+def evaluate_models(models, processor, n=None, benches=None, seed=0, batch_size=16,
+                    max_new_tokens=None, device="cpu", dtype=None, keep=None, page=10,
+                    resume=False, eager=False):
+    """Asks every model the same questions. Returns {name: [records]}, what `table` takes.
 
-    models: {name: a Qwen3VL, or a folder that is loaded when its turn comes}. benches: {benchmark: path, or
-    None for an embedded suite}, by default reading and reasoning. n: questions of each (None: 500 embedded ones, all of
-    a file). max_new_tokens: a cap below each benchmark's own. keep: a folder in which answers-MODEL.jsonl grows as
-    the replies come, for they may take hours. page: cells on a side of an embedded page. resume: go on after the answers
-    that `keep` holds; raises ValueError if they are to other questions."""
-    results, benches = {}, benches or dict.fromkeys(EMBEDDED[:2])
-    for name, path in benches.items():                     # a missing column shows before the first answer
+    models: {name: a Qwen3VL, or a folder that is loaded when its turn comes}.
+    benches: {benchmark: path, or None for an embedded suite}, by default reading and reasoning.
+    n: questions of each (None: 500 embedded ones, all of a file).
+    max_new_tokens: a cap below each benchmark's own.
+    keep: a folder in which answers-MODEL.jsonl grows as replies come, for they may take hours.
+    page: cells on a side of an embedded page.
+    resume: go on after the answers in `keep`; ValueError if they are to other questions.
+    eager: without CUDA graphs."""
+    benches, results = benches or dict.fromkeys(EMBEDDED[:2]), {}
+    for name, path in benches.items():             # a missing column shows before the first answer
         if path is not None and next(file_questions(name, path, 1), None) is None:
             raise ValueError(f"{path} has no row")
-    held = {name: kept_answers(keep / f"answers-{name}.jsonl") if resume else [] for name in models}
-    if strange := {r["benchmark"] for records in held.values() for r in records} - set(benches):
-        raise ValueError(f"{keep} holds answers to {', '.join(sorted(strange))} too: ask for all of it, or choose another "
-                         "--out")
+    answered = {name: resumed_answers(keep, name, benches) if resume else [] for name in models}
     for model_name, model in models.items():
-        stamp = "" if isinstance(model, torch.nn.Module) else weights_of(model, dtype)
+        weights = ""
         if not isinstance(model, torch.nn.Module):
+            weights = fingerprint(model, dtype)
             model = Qwen3VL.from_pretrained(model, dtype=dtype, device=device)
-        if keep:                                           # not before a model could be loaded
-            keep.mkdir(parents=True, exist_ok=True)
-            write_answers(keep, model_name, held[model_name])      # without a line that was cut off
+        if keep and not resume:                    # not before a model could be loaded
+            write_answers(keep, model_name, [])
         was_training, results[model_name] = model.training, []
         model.eval()
         for name, path in benches.items():
-            eyes, limit = copy.copy(processor), min(BENCHMARKS[name].new_tokens, max_new_tokens or math.inf)
-            if path is not None:
-                eyes.min_pixels, eyes.max_pixels = (n * eyes.factor ** 2 for n in HARNESS_TOKENS)
-            asked = embedded_questions(name, n, seed, page) if path is None else file_questions(name, path, n)
-            for old in [r for r in held[model_name] if r["benchmark"] == name]:
-                new = {**next(asked, ({},))[0], "run": f"{stamp} {limit}"}
-                if any(old.get(k) != v for k, v in json.loads(json.dumps(new)).items()):
-                    raise ValueError(f"{keep} holds an answer to another question, or of other weights or settings, than "
-                                     f"{model_name} has here ({name} {old.get('id')}): go on with the same, or start anew "
-                                     "without --resume")
-                results[model_name].append(judged(old))
-            while window := list(itertools.islice(asked, 8 * batch_size)):     # so many images at once
+            limit = min(BENCHMARKS[name].new_tokens, max_new_tokens or math.inf)
+            questions = (embedded_questions(name, n, seed, page) if path is None else
+                         file_questions(name, path, n))
+            sees = processor if path is None else harness_processor(processor)
+            old = [r for r in answered[model_name] if r["benchmark"] == name]
+            skip_answered(questions, old, f"{weights} {limit}", keep)
+            results[model_name] += old
+            while window := list(itertools.islice(questions, 8 * batch_size)):     # images at once
                 records, samples = zip(*window)
-                replies = answer(model, eyes, samples, batch_size, limit, f"{model_name}: {name}")
-                new = [judged({**r, "run": f"{stamp} {limit}", "answer": reply}) for r, reply in zip(records, replies)]
+                replies = answer(model, sees, samples, batch_size, limit, f"{model_name}: {name}",
+                                 eager)
+                new = [with_score({**record, "run": f"{weights} {limit}", "answer": reply})
+                       for record, reply in zip(records, replies)]
                 results[model_name] += new
                 if keep:
-                    write_answers(keep, model_name, new, "a")
+                    write_answers(keep, model_name, new, append=True)
         model.train(was_training)
     return results
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The table
+def fingerprint(folder, dtype):
+    """A mark of a folder's weights, by size and time, and of their precision."""
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns)
+             for file in sorted(Path(folder).glob("*.safetensors"))]
+    return hashlib.sha256(repr((files, dtype)).encode()).hexdigest()[:12]
+
+
+def resumed_answers(folder, model, benches):
+    """A model's records in `folder`, which must be to `benches`. Cuts off an unfinished line."""
+    file = folder / f"answers-{model}.jsonl"
+    if not file.exists():
+        return []
+    os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
+    records, _ = read_answers(file)
+    if others := {record["benchmark"] for record in records} - set(benches):
+        raise ValueError(f"{folder} holds answers to {', '.join(sorted(others))} too: ask for all "
+                         "of it, or choose another --out")
+    return records
+
+
+def skip_answered(questions, old, run, folder):
+    """Takes the questions that the records `old` answer off the front.
+
+    Raises ValueError where a record answers another question, or was made by another run."""
+    for record in old:
+        asked, _ = next(questions, ({"id": None}, None))   # None: there are fewer questions now
+        asked = {**asked, "run": run}                      # as JSON, where NaN equals NaN
+        if any(json.dumps(record.get(key)) != json.dumps(asked[key]) for key in asked):
+            raise ValueError(f"{folder} holds an answer to another question, or of other weights "
+                             f"or settings, than {record['model']} has here ({record['benchmark']} "
+                             f"{record['id']}): go on with the same, or start anew without "
+                             "--resume")
+
+
+def read_answers(file):
+    """The records of an answers-MODEL.jsonl, scored anew, and how many scores changed."""
+    fields = {"model", "benchmark", "id", "part", "question", "image", "gold", "row", "answer"}
+    records, changed = [], 0
+    for record in json_rows(file):
+        try:
+            new = with_score(record)
+            ours = fields <= set(record) and "/" not in record["model"]   # it becomes a file's name
+        except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, SyntaxError):
+            ours = False
+        if not ours:
+            raise ValueError(f"{file} is not a file of answers that this script wrote")
+        changed += new["score"] != record.get("score")
+        records.append(new)
+    return records, changed
+
+
+def write_answers(folder, model, records, append=False):
+    folder.mkdir(parents=True, exist_ok=True)
+    file, new = folder / f"answers-{model}.jsonl", folder / f"answers-{model}.new"
+    with open(file if append else new, "a" if append else "w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps({"model": model, **record}, ensure_ascii=False) + "\n"
+                         for record in records)
+    if not append:                                 # whole or not at all: hours may be in it
+        os.replace(new, file)
+
+
+# --------------------------------------------------------------------------------------------------
+# The table: scores, paired differences, parts
 
 
 class Tally(NamedTuple):
@@ -224,12 +328,12 @@ class Tally(NamedTuple):
 
 
 def tally(records, overall):
-    """The scored questions of one benchmark and one model, each with its weight in the overall score."""
+    """The scored questions of one benchmark and one model, each with its weight in the score."""
     scored = [r for r in records if r["score"] is not None]
-    if overall == "circular":       # copies of a question with rotated options, 1e6 apart, must all be right
+    if overall == "circular":       # copies of a question with rotated options must all be right
         least = {}
         for r in scored:
-            key = str(int(r["id"]) % 10 ** 6)
+            key = str(int(r["id"]) % 10 ** 6)              # copies are 1e6 apart
             least[key] = min(r["score"], least.get(key, 1.0))
         ids, scores, parts = list(least), list(least.values()), [0] * len(least)
     else:
@@ -237,31 +341,35 @@ def tally(records, overall):
         parts = [r["part"] if overall == "parts" else 0 for r in scored]
     sizes = Counter(parts)
     names = sorted(sizes, key=str)
-    return Tally(ids, np.array(scores, float), np.array([1 / (len(sizes) * sizes[p]) for p in parts]),
-                 np.array([names.index(p) for p in parts], int))
+    return Tally(ids, np.array(scores, float),
+                 np.array([1 / (len(sizes) * sizes[part]) for part in parts]),
+                 np.array([names.index(part) for part in parts], int))
 
 
-def resampled(a, b, draws=2000, seed=0):
-    """Paired bootstrap: (draws,) differences b - a of two tallies over resampled questions, by stratum."""
+def resample(a, b, draws=2000, seed=0):
+    """Paired bootstrap: (draws,) differences b - a of two tallies, resampled within strata."""
     if a.ids != b.ids:
-        raise ValueError(f"a paired comparison needs the same questions: one model has {len(a.ids)}, the"
-                         f" other {len(b.ids)}, {len(set(a.ids) & set(b.ids))} in common")
-    rng, gain, out = np.random.default_rng(seed), a.weights * (b.scores - a.scores), np.zeros(draws)
+        raise ValueError(f"a paired comparison needs the same questions: one model has "
+                         f"{len(a.ids)}, the other {len(b.ids)}, {len(set(a.ids) & set(b.ids))} in "
+                         "common")
+    rng, total = np.random.default_rng(seed), np.zeros(draws)
+    gain = a.weights * (b.scores - a.scores)
     for stratum in range(a.strata.max(initial=-1) + 1):
         values = gain[a.strata == stratum]
-        out += [values[rng.integers(0, len(values), len(values))].sum() for _ in range(draws)]
-    return out
+        total += [values[rng.integers(0, len(values), len(values))].sum() for _ in range(draws)]
+    return total
 
 
 def averages(values):
-    """{benchmark: value or array} -> the group means and the overall mean over the table's rows. Linear."""
-    rows = defaultdict(list)
-    for name, value in values.items():
+    """{benchmark: number or array} -> {fine, reasoning, all: (count, mean)} of the table's rows."""
+    rows, groups = defaultdict(list), defaultdict(list)
+    for name, value in values.items():                     # MMMU-Pro's two halves are one row
         rows[BENCHMARKS[name].group, BENCHMARKS[name].title].append(value)
-    rows = {key: sum(v) / len(v) for key, v in rows.items()}
-    groups = {g: [v for (group, _), v in rows.items() if g == group] for g in ("fine", "reasoning")}
-    groups["all"] = list(rows.values())
-    return {g: (len(v), sum(v) / len(v)) for g, v in groups.items() if v}
+    for (group, _), halves in rows.items():
+        for g in (group, "all"):
+            groups[g].append(sum(halves) / len(halves))
+    return {g: (len(groups[g]), sum(groups[g]) / len(groups[g]))
+            for g in ("fine", "reasoning", "all") if g in groups}
 
 
 def by_benchmark(records):
@@ -270,305 +378,167 @@ def by_benchmark(records):
 
 
 def compare(first, second, draws=2000, seed=0):
-    """Two models' records -> {benchmark or average: (second - first, low, high)}: points, 95 % interval."""
-    first, second, change, spread = by_benchmark(first), by_benchmark(second), {}, {}
+    """Two models' records -> {benchmark or average: (second - first, low, high)}, in points.
+
+    low and high bound the 95 % interval."""
+    first, second, change, drawn = by_benchmark(first), by_benchmark(second), {}, {}
     if list(first) != list(second):
-        raise ValueError(f"the models answered different benchmarks: {list(first)} and {list(second)}")
+        raise ValueError(f"the models answered {list(first)} and {list(second)}")
     for name in first:
-        bench = BENCHMARKS[name]
-        a, b = tally(first[name], bench.overall), tally(second[name], bench.overall)
-        if bench.overall != "types" and a.ids:
-            spread[name] = resampled(a, b, draws, [seed, zlib.crc32(name.encode())])
+        if all(r["score"] is not None for r in first[name] + second[name]):
+            a, b = (tally(of[name], BENCHMARKS[name].overall) for of in (first, second))
             change[name] = float(b.weights @ b.scores - a.weights @ a.scores)
-    mean_change, mean_spread = averages(change), averages(spread)
-    change.update({f"avg {g}": v for g, (_, v) in mean_change.items()})
-    spread.update({f"avg {g}": v for g, (_, v) in mean_spread.items()})
-    return {key: tuple(100 * float(x) for x in (change[key], *np.percentile(spread[key], (2.5, 97.5))))
-            for key in change}
+            drawn[name] = resample(a, b, draws, [seed, zlib.crc32(name.encode())])
+    for of in (change, drawn):                             # averages are linear: the draws' too
+        of.update({f"avg {group}": mean for group, (_, mean) in averages(of).items()})
+    bounds = {key: np.percentile(drawn[key], (2.5, 97.5)) for key in drawn}
+    return {key: tuple(100 * float(x) for x in (change[key], *bounds[key])) for key in change}
 
 
-def standing(records, bench):
-    """One model on one benchmark -> overall score and those of the parts, 0..100; coverage; unparsed."""
-    t, parts = tally(records, bench.overall), defaultdict(list)
+def benchmark_summary(records, overall):
+    """One model on one benchmark -> overall score and those of the parts, 0..100; coverage."""
+    t, parts = tally(records, overall), defaultdict(list)
     for r in records:
         if r["part"] is not None and r["score"] is not None:
             parts[r["part"]].append(r["score"])
-    return dict(score=100 * float(t.weights @ t.scores) if t.ids and bench.overall != "types" else None,
-                questions=len(records), coverage=np.mean([r["score"] is not None for r in records]),
+    coverage = np.mean([r["score"] is not None for r in records])
+    return dict(score=100 * float(t.weights @ t.scores) if coverage == 1 else None,
+                questions=len(records), coverage=coverage,
                 unparsed=np.mean([r["unparsed"] for r in records]),
-                parts={p: dict(score=100 * np.mean(s), questions=len(s)) for p, s in sorted(parts.items())})
+                parts={part: dict(score=100 * np.mean(scores), questions=len(scores))
+                       for part, scores in sorted(parts.items())})
 
 
 def summary(results):
     """{model: records} -> everything that the table shows, as one dict for JSON."""
-    scores = {model: {name: standing(of, BENCHMARKS[name]) for name, of in by_benchmark(records).items()}
+    scores = {model: {name: benchmark_summary(group, BENCHMARKS[name].overall)
+                      for name, group in by_benchmark(records).items()}
               for model, records in results.items()}
-    means = {model: averages({name: one["score"] for name, one in of.items() if one["score"] is not None})
-             for model, of in scores.items()}
-    return dict(models=list(results), scores=scores, averages=means,
-                unparsed={model: np.mean([r["unparsed"] for r in of]) for model, of in results.items()},
-                differences={f"{b} - {a}": compare(results[a], results[b])
-                             for a, b in itertools.combinations(results, 2)})
-
-
-def markdown(head, rows):
-    rows = [head, ["---"] * len(head), *rows] if rows else []
-    return ["| " + " | ".join(map(str, row)) + " |" for row in rows] + [""] * bool(rows)
+    means = {model: averages({name: one["score"] for name, one in of.items()
+                              if one["score"] is not None}) for model, of in scores.items()}
+    unparsed = {model: np.mean([r["unparsed"] for r in records])
+                for model, records in results.items()}
+    pairs = itertools.combinations(results, 2)
+    return dict(models=list(results), scores=scores, averages=means, unparsed=unparsed,
+                differences={f"{b} - {a}": compare(results[a], results[b]) for a, b in pairs})
 
 
 def table(results):
-    """{model: records} -> Markdown: benchmarks by models with averages, differences with intervals, parts."""
+    """{model: records} -> Markdown: benchmarks by models with averages, differences, parts."""
     s = summary(results)
-    models = s["models"]
-    of = [s["scores"][m] for m in models]                  # of[i][benchmark]: one model's standing
-    rows, seen = [], of[0]
+    tables = score_rows(s), difference_rows(s), part_rows(s)
+    return "\n".join(line for rows in tables for line in markdown(rows))
 
-    def mean(title, group):
-        if group in s["averages"][models[0]]:
-            count = s["averages"][models[0]][group][0]
-            rows.append([f"{title} ({count})", ""] + [f"{s['averages'][m][group][1]:.2f}" for m in models])
 
-    for group, heading in (("fine", "Fine-grained"), ("reasoning", "Reasoning")):
-        here = [name for name in seen if BENCHMARKS[name].group == group]
-        for title in dict.fromkeys(BENCHMARKS[name].title for name in here):
-            names = [name for name in here if BENCHMARKS[name].title == title]
-            cells = [[model[name]["score"] for name in names] for model in of]
-            rows.append([title, sum(seen[name]["questions"] for name in names)]
-                        + ["by type" if None in c else f"{np.mean(c):.1f}" for c in cells])
-        mean(f"{heading} Avg.", group)
-    mean("Avg.", "all")
-    change = [s["differences"][f"{m} - {models[0]}"].get("avg all") for m in models[1:]]
-    if change and change[0]:
-        rows.append([f"Δ vs. {models[0]}", "", "-"] + [INTERVAL.format(*d) for d in change])
-    rows.append(["unparsed, counted wrong", ""] + [f"{100 * s['unparsed'][m]:.1f} %" for m in models])
-    return "\n".join(markdown(["", "n", *models], rows) + difference_table(s) + part_table(s))
+def markdown(rows):
+    """A head and rows -> the lines of a table and a blank one; none where there is only a head."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    ruler = "| " + " | ".join(["---"] * len(rows[0])) + " |"
+    return [lines[0], ruler, *lines[1:], ""] if len(rows) > 1 else []
 
 
 INTERVAL = "{:+.2f} [{:+.2f}, {:+.2f}]"
 
 
-def difference_table(s):
+def score_rows(s):
+    models, scores, means = s["models"], s["scores"], s["averages"]
+    first, rows = models[0], [["", "n", *models]]
+    for group, heading in (("fine", "Fine-grained "), ("reasoning", "Reasoning "), ("all", "")):
+        names = [name for name in scores[first] if BENCHMARKS[name].group == group]
+        for title in dict.fromkeys(BENCHMARKS[name].title for name in names):
+            halves = [name for name in names if BENCHMARKS[name].title == title]
+            cells = [[scores[m][name]["score"] for name in halves] for m in models]
+            rows.append([title, sum(scores[first][name]["questions"] for name in halves)]
+                        + ["by type" if None in c else f"{np.mean(c):.1f}" for c in cells])
+        if group in means[first]:
+            rows.append([f"{heading}Avg. ({means[first][group][0]})", ""]
+                        + [f"{means[m][group][1]:.2f}" for m in models])
+    gains = [s["differences"][f"{m} - {first}"].get("avg all") for m in models[1:]]
+    if gains and gains[0]:
+        rows.append([f"Δ vs. {first}", "", "-"] + [INTERVAL.format(*gain) for gain in gains])
+    unparsed = [f"{100 * s['unparsed'][m]:.1f} %" for m in models]
+    return rows + [["unparsed, counted wrong", "", *unparsed]]
+
+
+def difference_rows(s):
     """Every model against the first one and against its neighbour on the left."""
     models = s["models"]
     pairs = dict.fromkeys([f"{m} - {models[0]}" for m in models[1:]]
                           + [f"{b} - {a}" for a, b in zip(models, models[1:])])
-    of = [s["differences"][pair] for pair in pairs]
-    return markdown(["points, 95 % interval", *pairs],
-                    [[key] + [INTERVAL.format(*d[key]) for d in of] for key in of[0]] if of else [])
+    changes = [s["differences"][pair] for pair in pairs]
+    rows = [["points, 95 % interval", *pairs]]
+    for key in changes[0] if changes else ():
+        rows.append([key] + [INTERVAL.format(*change[key]) for change in changes])
+    return rows
 
 
-def part_table(s):
-    of, rows = [s["scores"][m] for m in s["models"]], []
-    for name, seen in of[0].items():
-        for part, one in seen["parts"].items() if len(seen["parts"]) > 1 else ():
+def part_rows(s):
+    models, rows = [s["scores"][m] for m in s["models"]], [["part", "n", *s["models"]]]
+    for name, first in models[0].items():
+        for part, one in first["parts"].items() if len(first["parts"]) > 1 else ():
             rows.append([f"{name}: {part}", one["questions"]]
-                        + [f"{model[name]['parts'][part]['score']:.1f}" for model in of])
-        if seen["coverage"] < 1:
-            rows.append([f"{name}: coverage", seen["questions"]]
-                        + [f"{100 * model[name]['coverage']:.1f} %" for model in of])
-    return markdown(["part", "n", *s["models"]], rows)
+                        + [f"{of[name]['parts'][part]['score']:.1f}" for of in models])
+        if first["coverage"] < 1:
+            rows.append([f"{name}: coverage", first["questions"]]
+                        + [f"{100 * of[name]['coverage']:.1f} %" for of in models])
+    return rows
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The gallery
+# --------------------------------------------------------------------------------------------------
+# The gallery: where the models disagree
 
 
-def gallery(results, path, k=8):
-    """Writes a picture like Fig. 6: up to k questions on which the models differ; image, question, gold, and each
-    model's answer in green or red. They are drawn evenly from the ways of differing, lest one student look worse than
-    another; those ways come first in which the first model (the teacher) is right."""
-    models, right, wrong, ways = list(results), (24, 118, 60), (186, 36, 36), {}
+def disagreements(results, k):
+    """Up to k questions, each as a record of every model, drawn evenly from the ways of differing,
+    lest one student look worse than another. Those in which the first model is right come first."""
+    ways = defaultdict(list)
     for row in zip(*results.values()):
         scores = tuple(record["score"] for record in row)
         if len(set(scores)) > 1 and row[0]["image"]:
-            ways.setdefault(scores, []).append(row)
-    turns = itertools.zip_longest(*(ways[scores] for scores in sorted(ways, key=lambda s: (-s[0], sum(s)))))
-    rows = [row for turn in turns for row in turn if row][:k]
-    size, width = 170, 230 + 190 * max(2, len(models))
-    sheet = Image.new("RGB", (width, max(1, len(rows)) * (size + 20) + 10), "white")
+            ways[scores].append(row)
+    order = sorted(ways, key=lambda scores: (-scores[0], sum(scores)))
+    turns = itertools.zip_longest(*(ways[scores] for scores in order))
+    return [row for turn in turns for row in turn if row][:k]
+
+
+def gallery(results, path, k=8):
+    """Writes a picture like Fig. 6: up to k questions on which the models differ; image, question,
+    gold, and each model's answer in green (right) or red."""
+    models, rows = list(results), disagreements(results, k)
+    side, width = 170, 230 + 190 * max(2, len(models))     # of an image; of the sheet
+    sheet = Image.new("RGB", (width, max(1, len(rows)) * (side + 20) + 10), "white")
     pen, big, small = ImageDraw.Draw(sheet), ImageFont.load_default(15), ImageFont.load_default(12)
 
-    def write(x, y, text, font, fill, columns, lines):
-        text = textwrap.wrap(str(text), columns, max_lines=lines, placeholder=" ...") or ["(nothing)"]
-        pen.multiline_text((x, y), "\n".join(text), fill=fill, font=font, spacing=3)
+    def write(x, y, text, fill, columns, lines):
+        text = textwrap.wrap(str(text), columns, max_lines=lines, placeholder=" ...")
+        pen.multiline_text((x, y), "\n".join(text or ["(nothing)"]), fill=fill, font=big, spacing=3)
 
     if not rows:
         pen.text((10, 10), "The models agree on every question.", fill="black", font=big)
     for i, row in enumerate(rows):
-        top, image = 10 + i * (size + 20), picture(row[0]["image"][0])
-        scale = size / max(image.size)
-        image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
-        sheet.paste(image, (10 + (size - image.width) // 2, top + (size - image.height) // 2))
-        write(200, top, row[0]["question"], big, "black", (width - 210) // 8, 3)
-        write(200, top + 66, f"gold: {row[0]['gold']}", big, "black", (width - 210) // 8, 1)
-        for j, (name, record) in enumerate(zip(models, row)):
-            x, colour = 200 + 190 * j, right if record["score"] >= 0.5 else wrong
-            pen.rectangle([x, top + 92, x + 180, top + size], outline=colour, width=2)
-            verdict = "right" if colour == right else "wrong"
-            pen.text((x + 8, top + 97), f"{name}: {verdict}", fill=colour, font=small)
-            write(x + 8, top + 116, record["answer"], big, colour, 20, 3)
-        pen.line([10, top + size + 9, width - 10, top + size + 9], fill=(215, 215, 215))
+        top, image = 10 + i * (side + 20), find_image(row[0]["image"][0])
+        scale = side / max(image.size)
+        image = image.resize([max(1, round(length * scale)) for length in image.size],
+                             Image.Resampling.LANCZOS)
+        sheet.paste(image, (10 + (side - image.width) // 2, top + (side - image.height) // 2))
+        write(200, top, row[0]["question"], "black", (width - 210) // 8, 3)
+        write(200, top + 66, f"gold: {row[0]['gold']}", "black", (width - 210) // 8, 1)
+        for j, record in enumerate(row):
+            right, x = record["score"] >= 0.5, 200 + 190 * j
+            colour, verdict = ((24, 118, 60), "right") if right else ((186, 36, 36), "wrong")
+            pen.rectangle([x, top + 92, x + 180, top + side], outline=colour, width=2)
+            pen.text((x + 8, top + 97), f"{models[j]}: {verdict}", fill=colour, font=small)
+            write(x + 8, top + 116, record["answer"], colour, 20, 3)
+        pen.line([10, top + side + 9, width - 10, top + side + 9], fill=(215, 215, 215))
     sheet.save(path)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The plugin: this project's models inside lmms-eval
-
-
-def lmms_eval_manifest():
-    """lmms-eval's ModelManifest for these models; it can be an entry point of the group `lmms_eval.models`
-    (`heed = "evaluate:lmms_eval_manifest"`). It takes the place of `qwen3_vl`: lmms-eval picks a task's
-    prompt by the model's registered name, and so teacher, students and the stock model see the same prompt.
-
-    --model_args: pretrained=FOLDER, dtype, min_pixels, max_pixels, system_prompt."""
-    from lmms_eval.api.model import lmms
-    from lmms_eval.models.registry_v2 import ModelManifest
-
-    class Chat(lmms):
-        """Requests carry a document's messages; those of Simple carry its text and its images."""
-        is_simple = False
-
-        def __init__(self, pretrained, batch_size=1, device="cuda", dtype="bfloat16", system_prompt=SYSTEM,
-                     min_pixels=None, max_pixels=None, max_batch_size=None):
-            super().__init__()
-            self.device, self.batch_size = torch.device(device), int(batch_size)
-            self.first = [("system", [system_prompt])] if system_prompt else []
-            self.model = Qwen3VL.from_pretrained(pretrained, dtype=getattr(torch, dtype), device=device)
-            self.processor = full_processor(pretrained)
-            # The stock chat model looks at images in full; the simple one (--force_simple) at 1.6 megapixels.
-            usual = (256 * 28 * 28, 1605632) if self.is_simple else [
-                n * self.processor.factor ** 2 for n in HARNESS_TOKENS]
-            self.processor.min_pixels, self.processor.max_pixels = (
-                int(given or n) for given, n in zip((min_pixels, max_pixels), usual))
-
-        def sample(self, turns):
-            """[(role, [PIL image or text])] -> Sample."""
-            content = [dict(role=role, content=[{"type": "text", "text": p} if isinstance(p, str) else
-                                                {"type": "image"} for p in parts])
-                       for role, parts in self.first + turns]
-            images = [p.convert("RGB") for _, parts in turns for p in parts if not isinstance(p, str)]
-            return Sample("request", content, images)
-
-        def simple_turns(self, images, text):
-            return [("user", [*(images or []), text.replace("<image>", "")])]
-
-        def chat_turns(self, messages):
-            return [(m["role"], [p["text"] if p["type"] == "text" else p["url"] for p in m["content"]])
-                    for m in messages]
-
-        def unpacked(self, request):
-            """-> document, what makes its later rounds, generation settings, turns of the first round."""
-            *first, doc_id, task, split = request.args
-            doc = self.task_dict[task][split][doc_id]
-            if self.is_simple:
-                context, settings, visual, *again = first
-                return doc, again and again[0], settings, self.simple_turns(visual(doc), context)
-            _, messages, settings = first
-            return doc, messages, settings, self.chat_turns(messages(doc))
-
-        def replies(self, asked):
-            """[(settings, turns)] -> replies, batched by length limit. Greedy, whatever the task asks for."""
-            out, limits = [""] * len(asked), [settings.get("max_new_tokens", 128) for settings, _ in asked]
-            for limit in sorted(set(limits)):
-                rows = [i for i, x in enumerate(limits) if x == limit]
-                samples = [self.sample(asked[i][1]) for i in rows]
-                texts = answer(self.model, self.processor, samples, self.batch_size, limit, "lmms-eval")
-                for i, text in zip(rows, texts):
-                    stops = asked[i][0].get("until") if self.is_simple else None   # as the stock models do
-                    for stop in [stops] if isinstance(stops, str) else stops or ():
-                        text = text.split(stop)[0] if stop not in ("", "\n\n") else text
-                    out[i] = text
-            return out
-
-        def generate_until(self, requests):
-            return self.replies([self.unpacked(request)[2:] for request in requests])
-
-        def generate_until_multi_round(self, requests):
-            """A list of replies for each request. The task makes round k from the replies so far, or ends."""
-            out = []
-            for doc, again, settings, turns in map(self.unpacked, requests):
-                said, info = [], None
-                while True:
-                    said.append(self.replies([(settings, turns)])[0])
-                    new = again(doc, round_idx=len(said), previous_output=[*said], previous_round_info=info)
-                    if not isinstance(new, tuple):         # a task of one round
-                        break
-                    *make, last, agreed, info = new
-                    said = list(agreed or said)
-                    if last:
-                        break
-                    turns = self.simple_turns(*make) if self.is_simple else self.chat_turns(*make)
-                out.append(said)
-            return out
-
-        @torch.inference_mode()
-        def loglikelihood(self, requests):
-            """(mean negative log-likelihood of the continuation, is it the greedy one), as stock models."""
-            out = []
-            for text, target, visual, doc_id, task, split in (request.args for request in requests):
-                doc = self.task_dict[task][split][doc_id]
-                target = [{"type": "text", "text": target if isinstance(target, str) else target(doc)}]
-                sample = self.sample(self.simple_turns(visual(doc), text)).answered(target)
-                batch = collate([self.processor.encode(sample)], self.processor.pad_id).to(self.device)
-                logits = self.model(batch.ids, None, batch.pixels, batch.grids)[:, :-1]
-                labels = batch.labels[:, 1:]
-                logits, labels = logits[labels >= 0].float(), labels[labels >= 0]
-                out.append((torch.nn.functional.cross_entropy(logits, labels).item(),
-                            bool((logits.argmax(-1) == labels).all())))
-            return out
-
-    class Simple(Chat):
-        is_simple = True
-
-    home = sys.modules["heed_lmms_eval"] = types.ModuleType("heed_lmms_eval")      # where the registry looks
-    home.Chat, home.Simple = Chat, Simple
-    return ModelManifest("qwen3_vl", chat_class_path="heed_lmms_eval.Chat",
-                         simple_class_path="heed_lmms_eval.Simple")
-
-
-def run_lmms_eval(arguments):
-    """lmms-eval's own command line, with our models registered. Hugging Face's package `evaluate`, which
-    lmms-eval imports, has this file's name: so this folder leaves the search path while that is looked up."""
-    here, path = Path(__file__).resolve().parent, sys.path[:]
-    sys.path[:] = [p for p in path if Path(p or ".").resolve() != here]
-    from lmms_eval.cli.dispatch import main as lmms_eval_main
-    from lmms_eval.models import MODEL_REGISTRY_V2
-    import evaluate  # noqa: F401  (Hugging Face's)
-    sys.path[:] = path
-    MODEL_REGISTRY_V2.register_manifest(lmms_eval_manifest(), overwrite=True)
-    sys.argv = ["lmms-eval", *arguments]
-    lmms_eval_main()
-
-
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
-
-
-def full_processor(folder):
-    """A Processor that cuts no question short: training's caps are not for evaluation."""
-    return Processor(folder, max_tokens=262144, max_text_tokens=262144, max_visual_tokens=HARNESS_TOKENS[1])
-
-
-def kept_answers(file):
-    """The records of an answers-MODEL.jsonl, but for a last line that was cut off."""
-    if not file.exists():
-        return []
-    with open(file, encoding="utf-8") as lines:
-        whole = [line for line in lines if line.endswith("\n") and line.strip()]
-    try:
-        return [{k: v for k, v in json.loads(line).items() if k != "model"} for line in whole]
-    except (ValueError, AttributeError):
-        raise ValueError(f"{file} has a line that is no answer") from None
-
-
-def write_answers(folder, model, records, mode="w"):
-    with open(folder / f"answers-{model}.jsonl", mode, encoding="utf-8") as f:
-        f.writelines(json.dumps({"model": model, **r}, ensure_ascii=False) + "\n" for r in records)
 
 
 def report(results, folder):
     """Writes answers-MODEL.jsonl, results.json, results.md and gallery.png; prints the table."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, records in results.items():
         write_answers(folder, name, records)
     (folder / "results.json").write_text(json.dumps(summary(results), indent=1) + "\n")
@@ -577,29 +547,42 @@ def report(results, folder):
     if len(results) > 1:
         try:
             gallery(results, folder / "gallery.png")
-        except OSError as error:                           # answers may be judged far from their images
+        except Exception as error:                 # answers may be scored far from their images
             print(f"no gallery: {error}")
 
 
 def rescored(files):
-    """Records of answers-*.jsonl files, judged again -> {model: records}; says how many scores changed."""
-    results = defaultdict(list)
+    """answers-*.jsonl files -> {model: records}, scored anew; says how many scores changed."""
+    results, changed = defaultdict(list), 0
     for file in files:
-        for record in json_rows(file):
-            if not {"model", "benchmark", "answer", "row"} <= set(record):
-                raise ValueError(f"{file} is not a file of answers that this script wrote")
-            results[record.pop("model")].append(record)
-    new = {name: [judged(r) for r in records] for name, records in results.items()}
-    changed = sum(a["score"] != b["score"] for name in new for a, b in zip(results[name], new[name]))
-    print(f"{changed} of {sum(map(len, new.values()))} scores changed")
-    return new
+        records, more = read_answers(file)
+        changed += more
+        for record in records:
+            results[record["model"]].append(record)
+    if not results:
+        raise ValueError(f"{', '.join(files)}: no answers")
+    print(f"{changed} of {sum(map(len, results.values()))} scores changed")
+    return results
 
 
-def main(arguments=None):
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if "--lmms-eval" in arguments:
-        return run_lmms_eval([a for a in arguments if a != "--lmms-eval"])
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def named_folders(models):
+    """Paths of model folders -> {name: path}, by as much of the path as tells them apart.
+
+    Raises ValueError, before anything is loaded, where one is no model or they cannot be compared."""
+    folders = [Path(m).resolve() for m in models]
+    for folder in folders:
+        Config.from_folder(folder)
+        if (folder / "tokenizer.json").read_bytes() != (folders[0] / "tokenizer.json").read_bytes():
+            raise ValueError(f"{folder} has another tokenizer.json than {folders[0]}: judge them "
+                             "one by one")
+    last = [folder.name for folder in folders]
+    return {name if last.count(name) == 1 else str(m).strip("/").replace("/", "-"): m
+            for name, m in zip(last, models)}
+
+
+def flags():
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("models", nargs="*", help="model folders, the teacher first")
     p.add_argument("--bench", action="append", default=[], metavar="NAME=PATH",
                    help=f"instead of the embedded suites; names: {', '.join(BENCHMARKS)}")
@@ -610,46 +593,47 @@ def main(arguments=None):
     p.add_argument("--batch-size", type=int, default=16)
     p.add_argument("--max-new-tokens", type=int, help="a cap below each benchmark's own length")
     p.add_argument("--device", default="", help="cuda or cpu; default: cuda where there is one")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, else float32")
-    p.add_argument("--out", type=Path, help="default: out/eval; of --rescore: where the first file is")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                   help="default: bfloat16 on cuda, else float32")
+    p.add_argument("--eager", action="store_true", help="decode without CUDA graphs")
+    p.add_argument("--out", type=Path,
+                   help="default: out/eval; of --rescore: where the first file is")
     p.add_argument("--resume", action="store_true", help="go on after the answers that --out holds")
     p.add_argument("--rescore", nargs="+", metavar="FILE", help="answers-*.jsonl to score again")
+    return p
+
+
+def main(arguments=None):
+    p = flags()
     a = p.parse_args(arguments)
-    try:
-        if a.rescore:
-            if a.models or a.bench or len(set(a.rescore)) < len(a.rescore):
-                p.error("--rescore takes files of answers, each once, and no models or benchmarks")
-            return report(rescored(a.rescore), a.out or Path(a.rescore[0]).parent)
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
-    if not a.models:
+    if a.rescore and (a.models or a.bench or len(set(a.rescore)) < len(a.rescore)):
+        p.error("--rescore takes files of answers, each once, and no models or benchmarks")
+    if not a.rescore and not a.models:
         p.error("give at least one model folder")
-    for flag, value in (("--n", a.n), ("--batch-size", a.batch_size), ("--max-new-tokens", a.max_new_tokens)):
-        if value is not None and value < 1:
-            p.error(f"{flag} must be at least 1, but is {value}")
+    for name, least in dict(n=1, batch_size=1, max_new_tokens=1, seed=0).items():
+        if (value := getattr(a, name)) is not None and value < least:
+            p.error(f"--{name.replace('_', '-')} must be at least {least}, but is {value}")
     benches = {name: path or None for name, _, path in (b.partition("=") for b in a.bench)}
     for name, path in benches.items():
         if name not in BENCHMARKS or (path is None) != (name in EMBEDDED):
-            p.error(f"--bench {name}: give NAME=PATH, or {' or '.join(EMBEDDED)} alone; the names are "
-                    f"{', '.join(BENCHMARKS)}")
-    folders = [Path(m).resolve() for m in a.models]
-    if len(set(folders)) < len(folders) or len(benches) < len(a.bench):
+            p.error(f"--bench {name}: give NAME=PATH, or {' or '.join(EMBEDDED)} alone; the names "
+                    f"are {', '.join(BENCHMARKS)}")
+    if len({Path(m).resolve() for m in a.models}) < len(a.models) or len(benches) < len(a.bench):
         p.error("each model and each benchmark can be named once")
-    names = [f.name if [g.name for g in folders].count(f.name) == 1 else str(m).strip("/").replace("/", "-")
-             for f, m in zip(folders, a.models)]
-    a.out = a.out or Path("out/eval")
     try:
-        for folder in folders:                             # what is missing shows before the first answer
-            Config.from_folder(folder)
-            if (folder / "tokenizer.json").read_bytes() != (folders[0] / "tokenizer.json").read_bytes():
-                raise ValueError(f"{folder} has another tokenizer.json than {folders[0]}: judge them one by one")
-        device = device_of(a.device)
-        results = evaluate_models(dict(zip(names, a.models)), full_processor(a.models[0]), a.n, benches, a.seed,
-                                  a.batch_size, a.max_new_tokens, device, dtype_of(a.dtype, device), a.out,
-                                  a.page, a.resume)
-    except (BadSample, ValueError, OSError) as error:      # user errors end in a sentence, not a traceback
+        if a.rescore:
+            results, folder = rescored(a.rescore), a.out or Path(a.rescore[0]).parent
+        else:
+            folder, device = a.out or Path("out/eval"), device_of(a.device)
+            results = evaluate_models(
+                named_folders(a.models), full_processor(a.models[0]), a.n, benches, a.seed,
+                a.batch_size, a.max_new_tokens, device, dtype_of(a.dtype, device), folder, a.page,
+                a.resume, a.eager)
+        report(results, folder)
+    except (BadSample, ValueError, OSError) as error:      # user errors end in a sentence
         sys.exit(str(error))
-    report(results, a.out)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; with --resume the same command goes on after the last answers")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,25 @@
-"""The loop that distill.py and sft_dpo.py share: flags, processes, sharding, checkpoints, steps. Nothing to run here.
+"""The loop that distill.py and sft_dpo.py share: flags, processes, steps. Nothing to run here.
 
 An objective is anything with
 
     parameters()                    -> {name: parameter} that train
-    prepare(progress)               -> label and (begin, end) of the learning rate's schedule, in shares of the budget
+    prepare(progress)               -> label, and (begin, end) of the learning rate's schedule, in
+                                       shares of the budget
     loss(batch, label, backward)    -> loss sum, count, {name: sum for the log} of one micro-batch
 
-and `run` trains it over a token budget. Sums and counts are added over micro-batches and ranks before they are
-divided, so neither accumulation nor the number of processes changes a step. A run that was killed goes on from its last
-checkpoint with the same command, on CPUs to the same bits: the order of the data, dropout and the log depend on (seed,
-step) alone. Processes come from torchrun; one process needs none.
+and `run` trains it over a token budget. Sums and counts are added over micro-batches and ranks
+before they are divided, so neither accumulation nor the number of processes changes a step. A run
+that was killed goes on from its last checkpoint with the same command, on CPUs to the same bits:
+the order of the data, dropout and the log depend on (seed, step) alone. Processes come from
+torchrun; one process needs none. parts/ has what many processes share, a run's folder, and the
+memory that a run needs.
 """
 import argparse
-import json
 import math
 import os
-import re
-import shutil
+import signal
 import sys
-import warnings
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -28,16 +29,22 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import BadSamples, Plan, Processor, loader, read_data
+from data import BadSamples, Plan, Processor, fetch, loader, read_data
 from model import Config, Qwen3VL, device_of, dtype_of, find_tensors
+from parts.memory import estimate_memory
+from parts.ranks import (Ranks, clip_gradients, gather_shard, load_like, reduce_gradients,
+                         split_sharded)
+from parts.runs import (Interruptible, append_log, cut_log, find_checkpoint, fingerprints,
+                        ignore_signals, lock, read_state, refuse_changes, save_checkpoint)
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Settings: every field is a flag
 
 
 def setting(default, why, choices=None, low=-math.inf, high=math.inf, decides=True):
-    """decides: whether it can change what a run ends with; what cannot may change when a run goes on."""
-    return field(default=default, metadata=dict(help=why, choices=choices, low=low, high=high, decides=decides))
+    """decides: whether it changes what a run ends with; what does not may change when it goes on."""
+    return field(default=default, metadata=dict(help=why, choices=choices, low=low, high=high,
+                                                decides=decides))
 
 
 @dataclass
@@ -46,91 +53,114 @@ class Settings:
     data: str = setting("", "JSONL file or recipe (data.py); empty: the embedded world (synthdoc.py)")
     out: str = setting("", "folder of the run; empty: out/<cond>", decides=False)
     tokens: Optional[int] = setting(None, "token budget of the run", low=1)
-    batch_tokens: Optional[int] = setting(None, "tokens of one optimiser step, over all ranks", low=1)
-    micro_tokens: Optional[int] = setting(None, "padded tokens that one device processes at once", low=1)
+    batch_tokens: Optional[int] = setting(None, "tokens of one optimiser step, all ranks", low=1)
+    micro_tokens: Optional[int] = setting(None, "padded tokens a device processes at once", low=1)
     lr: Optional[float] = setting(None, "peak learning rate", low=0)
-    warmup: float = setting(0.01, "share of the budget over which the learning rate rises", low=0, high=0.99)
+    warmup: float = setting(0.01, "share of the budget over which the learning rate rises",
+                            low=0, high=0.99)
     floor: float = setting(0.1, "the cosine ends at this share of the peak", low=0, high=1)
-    weight_decay: float = setting(0.01, "of matrices; norms, biases and other vectors have none", low=0)
+    weight_decay: float = setting(0.01, "of matrices; norms, biases, other vectors have none", low=0)
     clip: float = setting(1.0, "bound of the gradient's norm", low=1e-9)
     seed: int = setting(0, "of the initialisation, the order of the data, and dropout", low=0)
-    save_every: int = setting(50, "steps between checkpoints; stage borders are saved too", low=1, decides=False)
+    save_every: int = setting(50, "steps between checkpoints; stage borders are saved too", low=1,
+                              decides=False)
     workers: int = setting(0, "processes that read data ahead", low=0, decides=False)
-    threads: int = setting(0, "CPU threads of a process; 0: the cores divided among this node's processes", low=0,
-                           decides=False)
-    device: str = setting("", "cuda or cpu; empty: cuda where there is one", decides=False)
-    dtype: str = setting("", "of frozen weights and activations; empty: bfloat16 on cuda, else float32",
-                         ["", "bfloat16", "float32", "float64"])
-    shard: bool = setting(False, "split the decoder's weights and optimiser state among the devices (FSDP2)",
-                          decides=False)
-    recompute: bool = setting(False, "recompute layers in the backward pass wherever one graph passes them all (not in "
-                              "Stages 1/2 fed the teacher's stream): less memory, a third more time", decides=False)
-    skip_bad: bool = setting(False, "leave out unusable samples, up to 0.1 % (or ten), instead of stopping", decides=False)
+    threads: int = setting(0, "CPU threads of a process; 0: the cores divided among this node's "
+                           "processes", low=0, decides=False)
+    device: str = setting("", "cuda or cpu; empty: cuda where there is one, and cpu for the embedded "
+                              "world", decides=False)
+    dtype: str = setting("", "of frozen weights and activations; empty: bfloat16 on cuda, else "
+                         "float32", ["", "bfloat16", "float32", "float64"])
+    shard: bool = setting(False, "split the decoder's weights and optimiser state among the devices "
+                          "(FSDP2)", decides=False)
+    recompute: bool = setting(False, "recompute layers in the backward pass wherever one graph "
+                              "passes them all (not in Stages 1/2 fed the teacher's stream): less "
+                              "memory, a third more time", decides=False)
+    skip_bad: bool = setting(False, "leave out unusable samples, up to 0.1 % (or ten), instead of "
+                             "stopping", decides=False)
     dry_run: bool = setting(False, "say what the run would need, and stop", decides=False)
 
 
 def parse(kind, defaults, argv=None, description=""):
-    """Command line -> settings of the dataclass `kind`, where None becomes the default of the data's column.
-    Exits with a sentence on what is out of bounds."""
+    """Command line -> settings of the dataclass `kind`; what is None there becomes the first value
+    of `defaults` on the embedded world, the second on real data. Exits with a sentence on what is
+    out of bounds."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     for f in fields(kind):
-        flag, why = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
-        if isinstance(f.default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=why)
+        flag, options = flag_of(f.name), dict(default=f.default)
+        usual = shown = f.default
+        if f.name in defaults:
+            usual, real = defaults[f.name]
+            shown = f"{usual} embedded, {real} real"
+        if isinstance(usual, bool):
+            options |= dict(action=argparse.BooleanOptionalAction, help=f.metadata["help"])
         else:
-            cast = {"tokens": int, "batch_tokens": int, "micro_tokens": int, "lr": float}.get(f.name, type(f.default))
-            shown = f"{defaults[f.name][0]} embedded, {defaults[f.name][1]} real" if f.name in defaults else f.default
-            parser.add_argument(flag, type=cast, default=f.default, choices=f.metadata["choices"],
-                                help=f"{why} [{shown}]")
+            options |= dict(type=type(usual), choices=f.metadata["choices"],
+                            help=f"{f.metadata['help']} [{shown}]")
+        options["help"] = options["help"].replace("%", "%%")
+        parser.add_argument(flag, **options)
     s = kind(**vars(parser.parse_args(argv)))
     for name, (embedded, real) in defaults.items():
         if getattr(s, name) is None:
             setattr(s, name, real if s.data else embedded)
+    if not (s.data or s.device):                          # a model so small is all launches on a GPU
+        s.device = "cpu"
     for f in fields(kind):
         value, low, high = getattr(s, f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, (int, float)) and not low <= value <= high:
-            sys.exit(f"--{f.name.replace('_', '-')} {value} is not between {low} and {high}")
+            sys.exit(f"{flag_of(f.name)} {value} is not between {low} and {high}")
     if 0 < s.tokens < s.batch_tokens:
         sys.exit(f"--tokens {s.tokens} is less than the {s.batch_tokens} of one step (--batch-tokens)")
     return s
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Processes
+def flag_of(name):
+    return "--" + name.replace("_", "-")
 
 
-@dataclass
-class Ranks:
-    rank: int
-    world: int
-    device: torch.device
-
-    def sum(self, t):
-        if self.world > 1:
-            dist.all_reduce(t)
-        return t
-
-    def wait(self):
-        if self.world > 1:
-            dist.barrier()
+@contextmanager
+def one_sentence(*errors):
+    """Errors of these kinds, which flags, files and samples cause, end the program in a sentence; so
+    does Ctrl-C."""
+    try:
+        yield
+    except errors as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from what was saved", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
-def start(s):
+# --------------------------------------------------------------------------------------------------
+# Processes, and what each loads
+
+
+def start_processes(s):
     """Threads, device and process group from torchrun's environment; one process needs no group."""
     env = os.environ
     kind = device_of(s.device).type
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # torchrun gives several processes one thread each, and a single one all cores: both are set on purpose here.
+    # torchrun gives several processes one thread each, and a single one all cores: both set anew.
     torch.set_num_threads(s.threads or max(1, cores // int(env.get("LOCAL_WORLD_SIZE", 1))))
-    device = torch.device(kind, int(env.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    device = torch.device(kind)
     if kind == "cuda":
+        device = torch.device(kind, int(env.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    s.dtype = s.dtype or str(dtype_of(s.dtype, device)).removeprefix("torch.")    # also of what stays on the CPU
+    # The device decides the dtype, also of a model that is built on the CPU to be sharded.
+    s.dtype = s.dtype or str(dtype_of(s.dtype, device)).removeprefix("torch.")
     ranks = Ranks(int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), device)
     if ranks.world > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo",
-                                timeout=timedelta(hours=3))         # others wait while rank 0 writes 100 GB, or judges
+        # Hours, for the others wait while rank 0 writes 100 GB, or judges.
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=3))
     return ranks
+
+
+def claim(out, ranks, make=False):
+    """Keeps a run's folder from other processes: a second run into it ends, on all ranks. Without
+    `make` a folder that is not there is let be, so this may be asked before anything is loaded."""
+    def take():
+        ranks.lock = ranks.lock or lock(Path(out), make)
+    ranks.first(take)
 
 
 def load_model(s, flag, device, **caps):
@@ -138,155 +168,77 @@ def load_model(s, flag, device, **caps):
     folder = Path(getattr(s, flag))
     for file in ("config.json", "tokenizer.json"):
         if not (folder / file).is_file():
-            sys.exit(f"--{flag} {folder}: there is no {file}; give the folder of a downloaded Qwen3-VL checkpoint")
-    return Qwen3VL.from_pretrained(folder, dtype_of(s.dtype, device), device), Processor(folder, **caps)
+            sys.exit(f"--{flag} {folder}: there is no {file}; give the folder of a downloaded "
+                     "Qwen3-VL checkpoint")
+    model = Qwen3VL.from_pretrained(folder, dtype_of(s.dtype, device), device)
+    return model, Processor(folder, **caps)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Sharding, where one device cannot hold what trains: --shard
+class Checked:
+    """The samples of a data set that a run is meant for: check(sample) raises BadSample on others."""
+    endless = True                       # is given the draw itself (data.fetch), and hands it on
+
+    def __init__(self, data, check):
+        self.data, self.check = data, check
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, draw):
+        sample = fetch(self.data, draw)
+        self.check(sample)
+        return sample
 
 
-def shard(ranks, *models):
-    """Splits each mixer and each MLP among the ranks, with its gradients and optimiser state; models may share them.
-
-    It is put together on every rank while it runs, and gradients are summed as they are split again. Embeddings,
-    head, norms and the vision tower stay whole: ranks call some of those a different number of times in a step.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    if ranks.world == 1:
-        for model in models:
-            model.to(ranks.device)
-        return
-    warnings.filterwarnings("ignore", message=".*returned a view tensor")               # the state, unused in training
-    mesh = init_device_mesh(ranks.device.type, (ranks.world,))                          # takes each part from the CPU
-    layers = [layer for model in models for layer in model.layers]
-    for unit in dict.fromkeys(part for layer in layers for part in (layer.self_attn, layer.mlp)):
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
-        unit.set_reduce_scatter_divide_factor(1.0)        # a sum; newer versions can also do it as one on CPUs
-        getattr(unit, "set_force_sum_reduction_for_comms", lambda on: None)(True)
-    for model in models:
-        model.to(ranks.device)
-
-
-def apart(parameters):
-    """-> the whole ones, the sharded ones: two kinds of tensors that no one operation may mix."""
-    return [[p for p in parameters if hasattr(p, "full_tensor") == sharded] for sharded in (False, True)]
-
-
-def whole(t, ranks):
-    """A shard put together, on rank 0 (None elsewhere); any other tensor as it is."""
-    if not hasattr(t, "full_tensor"):
-        return t
-    t = t.full_tensor()
-    return t.cpu() if ranks.rank == 0 else None
-
-
-def placed(t, like):
-    """A checkpoint's tensor where `like` is, and split as it is."""
-    if t.dim() and hasattr(like, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-        return distribute_tensor(t.to(like.device), like.device_mesh, like.placements)
-    # Copies, for t is a view of the checkpoint's file, which a later save removes. AdamW counts steps on the CPU.
-    return t.to(like.device, copy=True) if t.dim() else t.clone()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Checkpoints: a step_N folder appears whole, then `latest` names it; the one before is kept
-
-
-def save_checkpoint(out, step, state):
-    folder, temporary, latest = out / f"step_{step}", out / f"step_{step}.tmp", out / "latest"
-    before = latest.read_text() if latest.exists() else ""
-    if folder.name == before:                             # a stage border right after a save: nothing is new
-        return
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    with open(temporary / "state.pt", "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    if folder.exists():                                   # left by a run that died before `latest` moved
-        shutil.rmtree(folder)
-    os.rename(temporary, folder)
-    with open(out / "latest.tmp", "w") as f:
-        f.write(folder.name)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(out / "latest.tmp", latest)
-    for old in out.glob("step_[0-9]*"):
-        if old.name not in (folder.name, before):
-            shutil.rmtree(old)
-
-
-def load_checkpoint(out, s):
-    """The state that `latest` names, or None. Exits when the folder holds a run with other settings."""
-    if not (out / "latest").exists():
-        if (out / "config.json").exists():
-            sys.exit(f"{out} holds a model that no run of this script began: choose another --out")
-        return None
-    if not (out / (out / "latest").read_text() / "state.pt").is_file():
-        sys.exit(f"{out} has lost its last checkpoint: what is in it cannot be gone on from; choose another --out")
-    state = torch.load(out / (out / "latest").read_text() / "state.pt", map_location="cpu", mmap=True, weights_only=True)
-    ours = asdict(s)
-    theirs = {f.name: f.default for f in fields(s)} | state["settings"]                 # a newer flag had its default
-    changed = [f"--{f.name.replace('_', '-')} {theirs[f.name]} there, {ours[f.name]} here" for f in fields(s)
-               if f.metadata["decides"] and theirs[f.name] != ours[f.name]]
-    if changed:
-        sys.exit(f"{out} holds a run with other settings ({'; '.join(changed)}): go on with those, or choose another "
-                 "--out")
-    return state
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The loop
+# --------------------------------------------------------------------------------------------------
+# Parts of a step
 
 
 def learning_rate(s, progress):
     """Linear warm-up, then a cosine from the peak to `floor` of it."""
     if progress < s.warmup:
         return s.lr * progress / s.warmup
-    return s.lr * (s.floor + (1 - s.floor) * 0.5 * (1 + math.cos(math.pi * (progress - s.warmup) / (1 - s.warmup))))
+    cosine = 0.5 * (1 + math.cos(math.pi * (progress - s.warmup) / (1 - s.warmup)))
+    return s.lr * (s.floor + (1 - s.floor) * cosine)
 
 
 def groups(parameters, decay):
-    """AdamW's groups: matrices decay; norms, biases and other vectors do not. Shards are groups of their own."""
+    """AdamW's groups: matrices decay, norms, biases and other vectors do not. Shards apart."""
     return [dict(params=[p for p in part if (p.dim() >= 2) == matrix], weight_decay=decay * matrix)
-            for part in apart(parameters) for matrix in (True, False)]
+            for part in split_sharded(parameters) for matrix in (True, False)]
 
 
-def reduce_gradients(ranks, parameters, count):
-    """Gradients of the sum of losses over all ranks, divided by the count over all ranks."""
-    for p in parameters:
-        if p.requires_grad and p.grad is None:            # no use for it in this rank's samples
-            p.grad = torch.zeros_like(p)
-    grads = [p.grad for p in apart(parameters)[0] if p.grad is not None]
-    if ranks.world > 1 and grads:                         # those of shards are sums already
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        for g, total in zip(grads, flat.split([g.numel() for g in grads])):
-            g.copy_(total.view_as(g))
-    for p in parameters:
-        if p.grad is not None:
-            p.grad /= count
+def accumulate(objective, batches, label, device, autocast):
+    """Adds up the gradients of one step's micro-batches on this rank.
 
+    -> {name: sum} with tokens, count, loss and the objective's own; all its samples' names; those
+    whose loss was not finite; the cursor at which the next step's data begin.
+    """
+    sums, names, suspects = {"tokens": 0, "count": 0, "loss": 0.0}, [], []
+    for batch in batches:
+        batch = batch.to(device)
 
-def clip_gradients(ranks, parameters, bound):
-    """Scales gradients whose norm is above `bound` down to it. -> the norm before, over whole tensors and shards."""
-    whole_grads, shards = ([p.grad for p in part if p.grad is not None] for part in apart(parameters))
-    shards = [g.to_local() for g in shards]
-    squares = [torch.nn.utils.get_total_norm(part).to(ranks.device) ** 2 for part in (whole_grads, shards)]
-    norm = (squares[0] + ranks.sum(squares[1])).sqrt()
-    if norm > bound:
-        torch._foreach_mul_(whole_grads + shards, (bound / norm).item())
-    return norm
+        def backward(part, weight=batch.weight):          # 0 for a stand-in that keeps ranks in step
+            with torch.autocast(device.type, enabled=False):
+                (part * weight).backward()
+            return part.detach()
+        with autocast:
+            loss, count, terms = objective.loss(batch, label, backward)
+        names += batch.names
+        if not torch.isfinite(loss):
+            suspects += batch.names
+        entries = dict(tokens=int(batch.mask.sum()), count=count, loss=loss, **terms)
+        for name, value in entries.items():
+            sums[name] = sums.get(name, 0) + value * batch.weight
+        if batch.last:
+            return sums, names, suspects, batch.cursor
 
 
 def stop_if_broken(ranks, suspects, names, norm, step):
     """All ranks stop before the optimiser's step when a loss or the gradient is no finite number.
 
-    suspects: this rank's samples whose micro-batch had such a loss; names: all its samples of the step, to be named
-    when every loss was finite but the gradient's norm is not. The norm is the same on all ranks.
+    suspects: this rank's samples whose micro-batch had such a loss; names: all its samples of the
+    step, named when every loss was finite but the gradient's norm, alike on all ranks, is not.
     """
     found = ranks.sum(torch.tensor(float(len(suspects)), device=ranks.device)).item()
     if not found and torch.isfinite(norm):
@@ -295,152 +247,168 @@ def stop_if_broken(ranks, suspects, names, norm, step):
     if ranks.world > 1:
         parts, concerned = concerned[0], [None] * ranks.world
         dist.all_gather_object(concerned, parts)
-    sys.exit(f"step {step}: the {'loss' if found else 'gradient'} is not finite; nothing was stepped. Samples of the "
-             f"micro-batches concerned: {', '.join(n for part in concerned for n in part if n)}")
+    sys.exit(f"step {step}: the {'loss' if found else 'gradient'} is not finite; nothing was "
+             "stepped. Samples of the micro-batches concerned: "
+             f"{', '.join(n for part in concerned for n in part if n)}")
+
+
+def stop_if_barren(barren, names, step):
+    """One step may have broken samples alone; so many in a row, and the data teach nothing."""
+    if barren == 20:
+        sys.exit(f"step {step}: for {barren} steps no sample had anything to learn from (no supervised "
+                 "position, or pairs without room for their answers)"
+                 f"{': ' * bool(names)}{', '.join(names[:5])}")
+
+
+# --------------------------------------------------------------------------------------------------
+# The loop
+
+
+@dataclass
+class Progress:
+    """How far a run has come; a checkpoint has it beside parameters and optimiser."""
+    step: int = 0
+    tokens: int = 0
+    cursor: Optional[dict] = None        # where the next step's data begin (data.Plan)
+    label: Optional[str] = None          # what objective.prepare called the last step
+    log_size: int = 0                    # bytes of log.jsonl up to here
+
+
+def load_parameters(state, named):
+    """Copies a checkpoint's parameters (runs.last_checkpoint gives one) into {name: parameter}."""
+    with torch.no_grad():
+        for name, p in named.items():
+            p.copy_(load_like(state["parameters"][name], p))
+
+
+def resume(s, ranks, inputs, named, optimiser, bad):
+    """Sets parameters, optimiser and the counts of bad samples as the last checkpoint has them.
+    -> Progress."""
+    folder = ranks.first(find_checkpoint, Path(s.out))
+    if folder is None:
+        return Progress()
+    state = read_state(folder)
+    ranks.first(refuse_changes, s, inputs, state)
+    load_parameters(state, named)
+    if state["tokens"] < s.tokens:                        # else there are no more steps
+        for name, moments in state["optimiser"].items():
+            p = named[name]
+            optimiser.state[p] = {k: load_like(v, p) for k, v in moments.items()}
+    vars(bad).update(state["bad"])
+    return Progress(**{f.name: state[f.name] for f in fields(Progress)})
+
+
+def save(s, ranks, inputs, named, optimiser, bad, at):
+    """A checkpoint has whole tensors: any number of ranks may go on from it, sharded or not."""
+    values = {n: gather_shard(p.detach(), ranks) for n, p in named.items()}
+    moments = {n: {k: gather_shard(v, ranks) for k, v in optimiser.state[p].items()}
+               for n, p in named.items() if p in optimiser.state}
+
+    def write():
+        at.log_size = (Path(s.out) / "log.jsonl").stat().st_size
+        counts = dict(seen=bad.seen, bad=bad.bad, first=bad.first)
+        save_checkpoint(Path(s.out), at.step, dict(parameters=values, optimiser=moments, **vars(at),
+                                                   bad=counts, settings=asdict(s), inputs=inputs))
+    ranks.first(write)
 
 
 def run(s, objective, processor, dataset, ranks, betas=(0.9, 0.95)):
-    """Trains objective.parameters() over a budget of s.tokens tokens, resuming and saving in s.out.
-
-    objective: parameters() -> {name: parameter}; prepare(progress) -> (label, span of the schedule);
-    loss(batch, label, backward) -> (sum, count, {name: sum}), as Distillation.loss. Sums and counts are added over
-    micro-batches and ranks before they are divided, so that neither accumulation nor the number of processes changes
-    a step.
-    """
-    out, named = Path(s.out), objective.parameters()
-    parameters = list(named.values())
-    for p in parameters:
+    """Trains objective.parameters() over s.tokens tokens, resuming and saving in s.out."""
+    named, inputs = objective.parameters(), ranks.first(fingerprints, s)
+    for p in named.values():
         p.requires_grad_(True)
-    optimiser = torch.optim.AdamW(groups(parameters, s.weight_decay), lr=s.lr, betas=betas, eps=1e-8)
-    step, tokens, cursor, log_size, label, bad = 0, 0, None, 0, None, BadSamples(s.skip_bad)
-    if state := load_checkpoint(out, s):
-        with torch.no_grad():
-            for name, p in named.items():
-                p.copy_(placed(state["parameters"][name], p))
-        for name, moments in state["optimiser"].items() if state["tokens"] < s.tokens else ():
-            optimiser.state[named[name]] = {k: placed(v, named[name]) for k, v in moments.items()}
-        step, tokens, cursor, log_size, label = (state[k] for k in ("step", "tokens", "cursor", "log_size", "label"))
-        vars(bad).update(state["bad"])
-        del state                                         # else a second copy of all that trains stays in memory
-    if ranks.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        with open(out / "log.jsonl", "a") as f:
-            f.truncate(min(log_size, f.tell()))           # lines after the checkpoint are written again
-    if tokens >= s.tokens:
+    optimiser = torch.optim.AdamW(groups(named.values(), s.weight_decay), s.lr, betas, eps=1e-8)
+    bad = BadSamples(s.skip_bad)
+    at = resume(s, ranks, inputs, named, optimiser, bad)
+    ranks.first(cut_log, Path(s.out), at.log_size)        # later lines are written again
+    if at.tokens >= s.tokens:
         return
-    plan = Plan(dataset, processor, s.seed, s.batch_tokens, s.micro_tokens, ranks.rank, ranks.world, cursor, bad)
-    batches = iter(loader(dataset, processor, plan, s.workers, pin_memory=ranks.device.type == "cuda"))
-    bar = tqdm(total=s.tokens, initial=tokens, unit=" tokens", unit_scale=True, disable=ranks.rank > 0,
-               smoothing=0.1, dynamic_ncols=True)
-    # Without its cache of cast weights, which would keep a whole copy of what is sharded until the context ends.
+    plan = Plan(dataset, processor, s.seed, s.batch_tokens, s.micro_tokens, ranks.rank, ranks.world,
+                at.cursor, bad)
+    cuda = ranks.device.type == "cuda"
+    batches = loader(dataset, processor, plan, s.workers, cuda, ignore_signals)
+    bar = tqdm(total=s.tokens, initial=at.tokens, unit=" tokens", unit_scale=True,
+               disable=ranks.rank > 0, smoothing=0.1, dynamic_ncols=True)
+    with Interruptible(ranks.rank == 0) as interrupted, closing(batches), bar:
+        train(s, objective, ranks, optimiser, batches, at, bar, interrupted,
+              save=lambda: save(s, ranks, inputs, named, optimiser, bad, at))
+    if ranks.rank == 0 and bad.bad:
+        print(f"{bad.bad} of {bad.seen} samples could not be used and were left out; the first: "
+              f"{' '.join(bad.first)}")
+
+
+def train(s, objective, ranks, optimiser, batches, at, bar, interrupted, save):
+    """Steps from `at` on, which it moves, until the budget is spent or the run interrupted."""
+    parameters = list(objective.parameters().values())
+    # Without autocast's cache of cast weights, which would keep a whole copy of what is sharded.
     half = dtype_of(s.dtype, ranks.device) == torch.bfloat16
-    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=half, cache_enabled=not s.shard)
-
-    barren = 0                                            # steps in a row without anything to learn from
-
-    def save():
-        values = {n: whole(p.detach(), ranks) for n, p in named.items()}
-        moments = {n: {k: whole(v, ranks) for k, v in optimiser.state[p].items()}
-                   for n, p in named.items() if p in optimiser.state}
-        if ranks.rank == 0:
-            save_checkpoint(out, step, dict(
-                parameters=values, optimiser=moments, step=step, tokens=tokens, cursor=cursor,
-                log_size=(out / "log.jsonl").stat().st_size, label=label,
-                bad=dict(seen=bad.seen, bad=bad.bad, first=bad.first), settings=asdict(s)))
-        ranks.wait()
-
-    while tokens < s.tokens:
-        before, (label, (begin, end)) = label, objective.prepare(tokens / s.tokens)
-        if before not in (None, label):
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16, half, cache_enabled=not s.shard)
+    barren = 0                                            # steps in a row with nothing to learn from
+    while at.tokens < s.tokens:
+        before = at.label
+        at.label, (begin, end) = objective.prepare(at.tokens / s.tokens)
+        if before not in (None, at.label):                # a stage border
             save()
-        torch.manual_seed(((s.seed * 1_000_003 + step) * 1_000_003 + ranks.rank) % 2 ** 63)         # dropout
-        sums, names, suspects, last = {"tokens": 0, "count": 0, "loss": 0.0}, [], [], False
-        while not last:                                   # the micro-batches of one step
-            batch = next(batches).to(ranks.device)
-            last, cursor, names = batch.last, batch.cursor, names + batch.names
+        # Dropout depends on (seed, step, rank) alone: a run that goes on draws the same.
+        torch.manual_seed(((s.seed * 1_000_003 + at.step) * 1_000_003 + ranks.rank) % 2 ** 63)
+        sums, names, suspects, at.cursor = accumulate(objective, batches, at.label, ranks.device,
+                                                      autocast)
+        sums["signals"] = interrupted.signal              # all ranks must stop after the same step
+        values = torch.tensor([float(v) for v in sums.values()], dtype=torch.float64)
+        sums = dict(zip(sums, ranks.sum(values.to(ranks.device)).tolist()))
+        tokens, count, stop = int(sums.pop("tokens")), sums.pop("count"), sums.pop("signals")
 
-            def backward(part, weight=batch.weight):      # weight 0: a stand-in so that all ranks do as many
-                with torch.autocast(ranks.device.type, enabled=False):
-                    (part * weight).backward()
-                return part.detach()
-            with autocast:
-                loss, count, terms = objective.loss(batch, label, backward)
-            if not torch.isfinite(loss):
-                suspects += batch.names
-            entries = dict(tokens=int(batch.mask.sum()), count=count, loss=loss, **terms)
-            for name, value in entries.items():
-                sums[name] = sums.get(name, 0) + value * batch.weight
-        total = ranks.sum(torch.tensor([float(v) for v in sums.values()], dtype=torch.float64, device=ranks.device))
-        sums = dict(zip(sums, total.tolist()))
-        barren = 0 if sums["count"] else barren + 1
-        if barren == 20:                                  # broken samples may leave a step without, but not so many
-            sys.exit(f"step {step + 1}: for {barren} steps no sample had anything to learn from (no supervised position, or "
-                     f"pairs without room for their answers){': ' * bool(names)}{', '.join(names[:5])}")
-        count = max(sums["count"], 1)
-        reduce_gradients(ranks, parameters, count)
+        barren = 0 if count else barren + 1
+        stop_if_barren(barren, names, at.step + 1)
+        reduce_gradients(ranks, parameters, max(count, 1))
         norm = clip_gradients(ranks, parameters, s.clip)
-        stop_if_broken(ranks, suspects, names, norm, step + 1)
-        done = ((tokens + s.batch_tokens) / s.tokens - begin) / (end - begin)           # never 0 in the first step
+        stop_if_broken(ranks, suspects, names, norm, at.step + 1)
+        # A step has the rate of its end, as planned: never 0 in the first step.
+        done = ((at.tokens + s.batch_tokens) / s.tokens - begin) / (end - begin)
         rate = learning_rate(s, min(1.0, done))
         for group in optimiser.param_groups:
             group["lr"] = rate
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        step, tokens = step + 1, tokens + int(sums["tokens"])
-        line = dict(step=step, tokens=tokens, stage=label, lr=rate, grad_norm=norm.item(),
-                    **{k: v / count for k, v in sums.items() if k not in ("tokens", "count")})
-        if ranks.rank == 0:                               # no times in the log: a resumed run writes the same lines
-            with open(out / "log.jsonl", "a") as f:
-                f.write(json.dumps(line) + "\n")
-        bar.set_description(label)
+
+        at.step, at.tokens = at.step + 1, at.tokens + tokens
+        line = dict(step=at.step, tokens=at.tokens, stage=at.label, lr=rate, grad_norm=norm.item(),
+                    **{name: total / max(count, 1) for name, total in sums.items()})
+        if ranks.rank == 0:
+            append_log(Path(s.out), line)                 # no times: gone on from, it is the same log
+        bar.set_description(at.label)
         bar.set_postfix(loss=f"{line['loss']:.4g}", refresh=False)
-        bar.update(int(sums["tokens"]))
-        if step % s.save_every == 0 or tokens >= s.tokens:
+        bar.update(tokens)
+        if stop or at.step % s.save_every == 0 or at.tokens >= s.tokens:
             save()
-    bar.close()
-    if ranks.rank == 0 and bad.bad:
-        print(f"{bad.bad} of {bad.seen} samples could not be used and were left out; the first: {' '.join(bad.first)}")
+        if stop:
+            bar.close()
+            interrupted.end(at.step, s.out)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What a run needs
+# --------------------------------------------------------------------------------------------------
+# What a run needs: --dry-run
 
 
-def needs(s, folder, frozen, trained, drifts=0):
-    """Prints steps, memory and missing files of a run. frozen, trained: {name: parameter}, of any device; drifts:
-    how many copies of each layer's stream are kept in fp32 besides (Stages 1/2 with --feed own; fed the teacher's, they
-    need a layer's activations at a time, and Stage 3 the most)."""
-    c, folder = Config.from_folder(folder).text, Path(folder)
+def print_needs(s, folder, frozen, trained, drifts=0):
+    """Prints steps, memory and missing files of a run from the model in `folder`; the arguments
+    are those of estimate_memory."""
+    folder, GB = Path(folder), 2 ** 30
     device = device_of(s.device, here=False)
-    width, world = dtype_of(s.dtype, device).itemsize, int(os.environ.get("WORLD_SIZE", 1)) if s.shard else 1
-
-    def share(named):                                     # of the parameters that one device holds
-        return sum(p.numel() / (world if re.search(r"language_model.*\.(self_attn|mlp)\.", n) else 1)
-                   for n, p in named.items())
-    # Bytes kept for the backward pass, a layer and position: norm inputs, what the mixer's linear layers, convolution
-    # and scan read, the MLP's gate and up (and their product where it trains), what adapters dropped out. In bf16, what
-    # norms read is fp32; where embeddings train, the stream too, and every linear layer keeps a cast of its own.
-    # With --recompute the stream alone, and all the rest for one layer at a time.
-    D, L, I, HP = c.hidden_size, c.num_hidden_layers, c.intermediate_size, c.num_attention_heads * c.head_dim
-    half, whole_stream = width < 4, any("embed_tokens" in n for n in trained)
-    products = 2 + any("language_model" in n and ".mlp." in n for n in trained)
-    row = (4 * D + 13 * HP + products * I) * width + half * (8 + 22 * whole_stream) * D
-    row += any(n.endswith(".A") for n in trained) * (5 * D + HP + I) * (width + 1)
-    stream = D * (4 if whole_stream else width)
-    kept = L * (stream if s.recompute else row) + row * s.recompute + L * 4 * D * drifts
-    casts = share(trained) * 2 * (half and not (s.shard and s.recompute))               # of fp32 masters, to bf16
-    rows = dict(frozen=share(frozen) * width, trained=share(trained) * 16,        # master, gradient, two moments
-                activations=s.micro_tokens * kept + casts, head=3 * 512 * c.vocab_size * 4)
-    GB = 2 ** 30
-    print(f"{s.tokens:,} tokens in about {math.ceil(s.tokens / s.batch_tokens):,} steps of {s.batch_tokens:,}"
-          if s.tokens else f"one epoch in steps of {s.batch_tokens:,} tokens; how many, the data will tell")
-    print(f"each device needs about {sum(rows.values()) / GB:,.2f} GB: "
-          + ", ".join(f"{k} {v / GB:,.2f}" for k, v in rows.items()))
+    world = int(os.environ.get("WORLD_SIZE", 1)) if s.shard else 1
+    sizes = estimate_memory(Config.from_folder(folder).text, frozen, trained, s.micro_tokens,
+                            dtype_of(s.dtype, device).itemsize, world, s.shard, s.recompute, drifts)
+    print(f"{s.tokens:,} tokens in about {math.ceil(s.tokens / s.batch_tokens):,} steps of "
+          f"{s.batch_tokens:,}" if s.tokens else
+          f"one epoch in steps of {s.batch_tokens:,} tokens; how many, the data will tell")
+    print(f"each device needs about {sum(sizes.values()) / GB:,.2f} GB: "
+          + ", ".join(f"{k} {v / GB:,.2f}" for k, v in sizes.items()))
     if s.shard:
-        print(f"while it is built, each process also holds about {sum(p.numel() for p in trained.values()) * 4 / GB:,.2f}"
-              " GB of masters in the machine's own memory")
-    missing = [f for f in ("config.json", "tokenizer.json", "preprocessor_config.json") if not (folder / f).is_file()]
-    missing += find_tensors(folder)[1]
+        masters = sum(p.numel() for p in trained.values()) * 4 / GB
+        print(f"while it is built, each process also holds about {masters:,.2f} GB of masters in "
+              "the machine's own memory")
+    names = ("config.json", "tokenizer.json", "preprocessor_config.json")
+    missing = [f for f in names if not (folder / f).is_file()] + find_tensors(folder)[1]
     if s.data and not Path(s.data).is_file():
         missing.append(s.data)
     elif s.data:

@@ -1,14 +1,15 @@
 """Qwen3-VL (dense), and its conversion into a hybrid: one file from checkpoint to answer.
 
-The teacher of the HEED paper (Sect. 4.1): a vision Transformer whose patch features are merged 2x2 into
-visual tokens, a Qwen3 decoder that reads them among the text tokens, and DeepStack, which adds features of
-earlier ViT blocks to the first decoder layers. Module names equal the released checkpoints' tensor names, so
-loading is strict and needs no mapping. `to_hybrid` exchanges three of four attention modules for a linear-time
-mixer; the student shares every other module with its teacher *by reference*, so both cost one set of weights.
+The teacher of the HEED paper (Sect. 4.1): a vision Transformer whose patch features are merged 2x2
+into visual tokens, a Qwen3 decoder that reads them among the text tokens, and DeepStack, which adds
+features of earlier ViT blocks to the first decoder layers. Module names equal the released
+checkpoints' tensor names, so loading is strict and needs no mapping. `to_hybrid` exchanges three of
+four attention modules for a linear-time mixer; the student shares every other module with its
+teacher *by reference*, so both cost one set of weights.
 
     from model import Qwen3VL, to_hybrid
-    teacher = Qwen3VL.from_pretrained("tiny")            # or a folder of a released Qwen3-VL-2B/4B/8B/32B
-    student = to_hybrid(teacher, mixer="mamba2")         # or "gdn", or your own "mymixer.py:MyMixer"
+    teacher = Qwen3VL.from_pretrained("tiny")      # or a folder of a released Qwen3-VL-2B/4B/8B/32B
+    student = to_hybrid(teacher, mixer="mamba2")        # or "gdn", or your own "mymixer.py:MyMixer"
 
 What sits in a decoder layer's `self_attn` slot is a *mixer*; attention is one, Mamba-2 another:
 
@@ -16,18 +17,16 @@ What sits in a decoder layer's `self_attn` slot is a *mixer*; attention is one, 
 
     code         what it is                                          shape
     ids          token ids, image placeholders included              (B, T)
-    mask         True at real positions, False at padding            (B, T) bool, or None: nothing to hide
+    mask         True at real positions, False at padding            (B, T) bool, or None
     pixels       flattened patches of all images, in reading order   (patches, 3 * 2 * ps * ps)
     grids        [t, h, w] of each image, counted in patches         (images, 3)
     rope         cos and sin of the interleaved MRoPE angles         2 x (B, T, P)
     r (paper)    the residual stream: a decoder layer's input        (B, T, D)
 
-Shape letters everywhere: B batch, T positions, D model width, H heads, P head dim, G key/value groups,
-N visual patches (here) or state dim (in mixers), V vocabulary.
+Shape letters everywhere: B batch, T positions, D model width, H heads, P head dim, G key/value
+groups, N visual patches (here) or state dim (in mixers), V vocabulary.
 """
 import copy
-import importlib.util
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,35 +39,36 @@ from torch.utils.checkpoint import checkpoint
 
 from parts.checkpoint import copy_companions, device_of, dtype_of, find_tensors, read_weights, write_folder  # noqa: F401
 from parts.config import Config, TextConfig, VisionConfig, read_object  # noqa: F401
-from parts.decoding import FixedCache, KVCache, Replayed, append, attend_fixed  # noqa: F401
+from parts.decoding import FixedCache, KVCache, Replayed, append, attend_fixed, sample  # noqa: F401
 from parts.fast import SwiGLU, norm_rotate, rms_norm, rotate
+from parts.mixers import mixer_class
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The vision tower: patches in, visual tokens out
 
 
 class VisionOut(NamedTuple):
     tokens: torch.Tensor            # (visual tokens, D)  replace the placeholder embeddings
     deepstack: list                 # of (visual tokens, D), added after decoder layers 0, 1, 2, ...
-    patches: torch.Tensor           # (patches, Dv)  last ViT block, before the merger: what density.py measures
+    patches: torch.Tensor           # (patches, Dv)  last ViT block: what density.py measures
 
 
 def block_order(h, w, m):
-    """Rows and columns of an h x w patch grid in merge-block order: m*m consecutive patches are one token."""
-    row = rearrange(torch.arange(h).view(h, 1).expand(h, w), "(bh mh) (bw mw) -> (bh bw mh mw)", mh=m, mw=m)
-    col = rearrange(torch.arange(w).view(1, w).expand(h, w), "(bh mh) (bw mw) -> (bh bw mh mw)", mh=m, mw=m)
-    return row, col
+    """Rows and columns of an h x w patch grid, every m * m consecutive patches one token."""
+    both = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
+    return rearrange(both, "two (bh mh) (bw mw) -> two (bh bw mh mw)", mh=m, mw=m)
 
 
 class PatchEmbed(nn.Module):
     def __init__(self, c):
         super().__init__()
         kernel = (c.temporal_patch_size, c.patch_size, c.patch_size)
-        self.proj = nn.Conv3d(c.in_channels, c.hidden_size, kernel, stride=kernel)      # holds the weights
+        self.proj = nn.Conv3d(c.in_channels, c.hidden_size, kernel, stride=kernel)
 
-    def forward(self, pixels):                                                          # (N, 3*2*ps*ps)
+    def forward(self, pixels):                                                      # (N, 3*2*ps*ps)
         # Kernel = stride, so the convolution is a matrix product, which is far faster in bf16.
-        return F.linear(pixels.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
+        weight = self.proj.weight.flatten(1)
+        return F.linear(pixels.to(weight.dtype), weight, self.proj.bias)
 
 
 class VisionAttention(nn.Module):
@@ -82,13 +82,13 @@ class VisionAttention(nn.Module):
         q, k, v = rearrange(self.qkv(x), "n (three h p) -> three n h p", three=3, h=self.heads)
         cos, sin = (t[:, None] for t in rope)                                           # (N, 1, P)
         q, k = (rotate(t.float(), cos, sin).to(t.dtype) for t in (q, k))
-        if len(set(lengths)) == 1:                        # frames of one size: a single batched call
+        if len(set(lengths)) == 1:                       # frames of one size: a single batched call
             parts = [rearrange(t, "(f n) h p -> f h n p", n=lengths[0]) for t in (q, k, v)]
             y = rearrange(F.scaled_dot_product_attention(*parts), "f h n p -> (f n) (h p)")
         else:                                             # a patch sees only its own frame
-            frames = zip(*(rearrange(t, "n h p -> h n p").split(lengths, dim=1) for t in (q, k, v)))
-            y = torch.cat([rearrange(F.scaled_dot_product_attention(*(t[None] for t in f))[0], "h n p -> n (h p)")
-                           for f in frames])
+            frames = zip(*(rearrange(t, "n h p -> 1 h n p").split(lengths, dim=2) for t in (q, k, v)))
+            y = [F.scaled_dot_product_attention(*frame) for frame in frames]
+            y = rearrange(torch.cat(y, dim=2), "1 h n p -> n (h p)")
         return self.proj(y)
 
 
@@ -116,7 +116,8 @@ class VisionBlock(nn.Module):
 
 
 class Merger(nn.Module):
-    """m x m patches -> one token of width D. The main merger normalises before the shuffle, DeepStack's after."""
+    """m x m patches -> one token of width D. The main merger normalises before the shuffle,
+    DeepStack's after."""
 
     def __init__(self, c, norm_after):
         super().__init__()
@@ -127,8 +128,8 @@ class Merger(nn.Module):
         self.linear_fc2 = nn.Linear(self.width, c.out_hidden_size)
 
     def forward(self, x):                                                               # (N, Dv)
-        x = self.norm(x.view(-1, self.width)) if self.norm_after else self.norm(x).view(-1, self.width)
-        return self.linear_fc2(F.gelu(self.linear_fc1(x)))     # the exact GELU here, tanh in the ViT blocks
+        x = self.norm(x.view(-1, self.width) if self.norm_after else x).view(-1, self.width)
+        return self.linear_fc2(F.gelu(self.linear_fc1(x)))  # the exact GELU; ViT blocks have tanh's
 
 
 class VisionTower(nn.Module):
@@ -139,40 +140,43 @@ class VisionTower(nn.Module):
         self.pos_embed = nn.Embedding(c.num_position_embeddings, c.hidden_size)
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
         self.merger = Merger(c, norm_after=False)
-        self.deepstack_merger_list = nn.ModuleList(Merger(c, norm_after=True) for _ in c.deepstack_visual_indexes)
+        self.deepstack_merger_list = nn.ModuleList(
+            Merger(c, norm_after=True) for _ in c.deepstack_visual_indexes)
 
     def positions(self, h, w):
-        """Learned position embedding of an h x w grid, bilinear in a square table, both corners aligned."""
-        side = round(self.config.num_position_embeddings ** 0.5)
+        """Learned position embedding of an h x w grid: bilinear in a square table, corners aligned."""
+        side, device = round(self.config.num_position_embeddings ** 0.5), self.pos_embed.weight.device
         row, col = block_order(h, w, self.config.spatial_merge_size)
-        y, x = (torch.linspace(0, side - 1, n)[i].to(self.pos_embed.weight.device) for n, i in ((h, row), (w, col)))
+        y, x = (torch.linspace(0, side - 1, n)[i].to(device) for n, i in ((h, row), (w, col)))
         y0, x0 = y.floor().long(), x.floor().long()
         y1, x1 = (y0 + 1).clamp(max=side - 1), (x0 + 1).clamp(max=side - 1)
         fy, fx = (y - y0)[:, None], (x - x0)[:, None]
-        table = self.pos_embed                                                          # (side * side, Dv)
+        table = self.pos_embed                                                   # (side * side, Dv)
         top = (1 - fx) * table(y0 * side + x0) + fx * table(y0 * side + x1)
         bottom = (1 - fx) * table(y1 * side + x0) + fx * table(y1 * side + x1)
-        return ((1 - fy) * top + fy * bottom).to(table.weight.dtype)                    # (h * w, Dv)
+        return ((1 - fy) * top + fy * bottom).to(table.weight.dtype)                   # (h * w, Dv)
 
     def rotary(self, h, w, device):
         half = self.config.hidden_size // self.config.num_heads // 2
         inverse = 1e4 ** (-torch.arange(0, half, 2).float() / half)
         row, col = block_order(h, w, self.config.spatial_merge_size)
         angle = torch.cat((row[:, None] * inverse, col[:, None] * inverse), dim=-1)
-        return torch.cat((angle, angle), dim=-1).to(device)                             # (h * w, P), fp32
+        return torch.cat((angle, angle), dim=-1).to(device)                       # (h * w, P), fp32
 
     def forward(self, pixels, grids):
         """pixels (patches, 3*2*ps*ps) in merge-block order, grids (images, 3) -> VisionOut."""
         frames = [(h, w) for t, h, w in grids.tolist() for _ in range(t)]
         lengths = [h * w for h, w in frames]
         if sum(lengths) != len(pixels):
-            raise ValueError(f"grids describe {sum(lengths)} patches, but pixels has {len(pixels)} rows")
+            raise ValueError(f"grids describe {sum(lengths)} patches, but pixels has "
+                             f"{len(pixels)} rows")
         m = self.config.spatial_merge_size
-        if odd := [(h, w) for h, w in frames if h % m or w % m]:
-            raise ValueError(f"a grid of {odd[0][0]} x {odd[0][1]} patches has no whole {m} x {m} blocks")
-        sizes = {size: (self.positions(*size), self.rotary(*size, pixels.device)) for size in set(frames)}
-        x = self.patch_embed(pixels) + torch.cat([sizes[f][0] for f in frames])         # (N, Dv)
-        angle = torch.cat([sizes[f][1] for f in frames])
+        if odd := [f"{h} x {w}" for h, w in frames if h % m or w % m]:
+            raise ValueError(f"a grid of {odd[0]} patches has no whole {m} x {m} blocks")
+        places = {f: self.positions(*f) for f in set(frames)}
+        angles = {f: self.rotary(*f, pixels.device) for f in set(frames)}
+        x = self.patch_embed(pixels) + torch.cat([places[f] for f in frames])           # (N, Dv)
+        angle = torch.cat([angles[f] for f in frames])
         rope, deepstack = (angle.cos(), angle.sin()), []
         for i, block in enumerate(self.blocks):
             x = block(x, rope, lengths)
@@ -182,7 +186,7 @@ class VisionTower(nn.Module):
         return VisionOut(self.merger(x), deepstack, x)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The decoder
 
 
@@ -213,32 +217,34 @@ class Attention(nn.Module):
     def forward(self, x, mask=None, state=None, rope=None):                             # (B, T, D)
         q, k, v = (f(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)       # (B, H or G, T, P)
                    for f in (self.q_proj, self.k_proj, self.v_proj))
-        cos, sin = (t[:, None] for t in rope)                                           # (B, 1, T, P)
-        q, k = (norm_rotate(t, norm.weight, cos, sin, norm.eps) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
+        cos, sin = (t[:, None] for t in rope)                                         # (B, 1, T, P)
+        q = norm_rotate(q, self.q_norm.weight, cos, sin, self.q_norm.eps)
+        k = norm_rotate(k, self.k_norm.weight, cos, sin, self.k_norm.eps)
         if isinstance(state, FixedCache):                 # one step of a replayed decoding
-            y = attend_fixed(state, q, k, v)                                            # (B, H, 1, P)
+            y = attend_fixed(state, q, k, v)                                          # (B, H, 1, P)
         else:
             state = append(state, k, v, mask)
-            k, v = state.k[:, :, :state.length], state.v[:, :, :state.length]           # (B, G, S, P)
-            y = attend(q, k, v, state.mask)                                             # (B, H, T, P)
+            k, v = state.k[:, :, :state.length], state.v[:, :, :state.length]         # (B, G, S, P)
+            y = attend(q, k, v, state.mask)                                           # (B, H, T, P)
         return self.o_proj(y.transpose(1, 2).flatten(2)), state                         # (B, T, D)
 
 
 def attend(q, k, v, mask):
-    """Causal grouped-query attention of the last T of S positions. q (B,H,T,P), k and v (B,G,S,P), mask (B,S)."""
+    """Causal attention of the last T of S positions. q (B,H,T,P), k and v (B,G,S,P), mask (B,S)."""
     T, S, G = q.shape[2], k.shape[2], k.shape[1]
-    if mask is None and q.is_cuda and q.dtype.itemsize == 2:      # flash attention, which groups heads itself
+    if mask is None and q.is_cuda and q.dtype.itemsize == 2:
+        # Flash attention, which groups heads itself, and splits the keys of a single query.
         causal = causal_lower_right(T, S) if 1 < T < S else None
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal, is_causal=T == S > 1, enable_gqa=True)
-    if T == 1:                                            # decode: the queries of a group share its keys
-        see = None if mask is None else (mask | ~mask[:, -1:])[:, None, None, :]        # as below for padding
-        y = F.scaled_dot_product_attention(q.view(len(q), G, -1, q.shape[3]), k, v, attn_mask=see)   # (B, G, H/G, P)
-        return y.reshape(q.shape)
-    k, v = (t.repeat_interleave(q.shape[1] // G, dim=1) for t in (k, v))                # whole heads
+        return F.scaled_dot_product_attention(q, k, v, causal, is_causal=T == S > 1, enable_gqa=True)
+    if T == 1:                                            # decode: a group's queries share its keys
+        see = None if mask is None else (mask | ~mask[:, -1:])[:, None, None, :]        # as below
+        grouped = q.view(len(q), G, -1, q.shape[3])                                # (B, G, H/G, P)
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=see).reshape(q.shape)
+    k, v = (t.repeat_interleave(q.shape[1] // G, dim=1) for t in (k, v))               # whole heads
     if mask is None and S == T:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     see = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    if mask is not None:                                  # a padded query sees all, lest its softmax be empty
+    if mask is not None:                        # a padded query sees all, lest its softmax be empty
         see = see & (mask[:, None, None, :] | ~mask[:, None, S - T:, None])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=see)
 
@@ -251,19 +257,20 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))         # silu(gate) * up
+        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))    # silu(gate) * up
 
 
 class DecoderLayer(nn.Module):
     def __init__(self, config, layer, mixer=Attention):
         super().__init__()
-        self.self_attn = mixer(config, layer)             # the slot keeps its checkpoint name, whoever sits in it
+        self.self_attn = mixer(config, layer)             # its checkpoint name, whoever sits in it
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, mask=None, rope=None, state=None):
-        """-> next residual stream (B,T,D), the mixer's output before the residual sum (B,T,D), the new state."""
+        """-> next residual stream (B,T,D), the mixer's output before the residual sum (B,T,D), the
+        new state."""
         o, state = self.self_attn(self.input_layernorm(x), mask, state, rope)
         x = x + o
         return x + self.mlp(self.post_attention_layernorm(x)), o, state
@@ -287,15 +294,15 @@ class Backbone(nn.Module):
         self.language_model = TextModel(c.text, c.hybrid)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Positions: interleaved multimodal RoPE
 
 
 def mrope_positions(ids, mask, grids, config):
     """Time, row and column of every token.
 
-    A text token takes (p, p, p); an image of h x w merged patches takes (p, p + row, p + column) and the text
-    goes on at p + max(h, w). Padding is not counted.
+    A text token takes (p, p, p); an image of h x w merged patches takes (p, p + row, p + column)
+    and the text goes on at p + max(h, w). Padding is not counted.
 
     Args: ids (B, T), mask (B, T) bool or None, grids (images, 3) or None.
     Returns: (3, B, T) int64 positions and (B,) the position of the token that comes next.
@@ -303,7 +310,8 @@ def mrope_positions(ids, mask, grids, config):
     """
     B, T = ids.shape
     m = config.vision.spatial_merge_size
-    frames = iter([(h // m, w // m) for t, h, w in (grids.tolist() if grids is not None else ()) for _ in range(t)])
+    grids = [] if grids is None else grids.tolist()
+    frames = iter([(h // m, w // m) for t, h, w in grids for _ in range(t)])
     visual = ((ids == config.image_token_id) | (ids == config.video_token_id)).tolist()
     real = [[True] * T] * B if mask is None else mask.tolist()
     positions, after = torch.zeros(3, B, T, dtype=torch.long), []
@@ -321,10 +329,11 @@ def mrope_positions(ids, mask, grids, config):
                 h, w = next(frames, (0, 0))
                 run = h * w
                 if run == 0:
-                    raise ValueError(f"row {b}: there is no image for the placeholder at token {kept[i]}")
+                    raise ValueError(f"row {b}: there is no image for the placeholder at token "
+                                     f"{kept[i]}")
                 if not all(visual[b][t] for t in kept[i:i + run]) or i + run > len(kept):
-                    raise ValueError(f"row {b}: the image at token {kept[i]} has a merged grid of {h} x {w}, "
-                                     f"but fewer than {run} placeholders")
+                    raise ValueError(f"row {b}: the image at token {kept[i]} has a merged grid of "
+                                     f"{h} x {w}, but fewer than {run} placeholders")
                 row, col = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
                 columns.append(p + torch.stack((torch.zeros_like(row), row, col)))
                 p += max(h, w)
@@ -338,19 +347,20 @@ def mrope_positions(ids, mask, grids, config):
 
 
 def mrope(positions, config, dtype):
-    """cos and sin, each (B, T, P), of positions (3, B, T): frequencies interleaved T H W T H W ... T T."""
+    """cos and sin, each (B, T, P), of positions (3, B, T): frequencies interleaved T H W T H W ...
+    T T."""
     P = config.head_dim
     inverse = 1 / config.rope_theta ** (torch.arange(0, P, 2, device=positions.device).float() / P)
-    angle = positions[..., None].float() * inverse                                      # (3, B, T, P/2)
+    angle = positions[..., None].float() * inverse                                  # (3, B, T, P/2)
     mixed = angle[0].clone()
     for axis in (1, 2):
         stop = 3 * config.mrope_section[axis]
         mixed[..., axis:stop:3] = angle[axis][..., axis:stop:3]
     mixed = torch.cat((mixed, mixed), dim=-1)
-    return mixed.cos().to(dtype), mixed.sin().to(dtype)                                 # angles stay fp32
+    return mixed.cos().to(dtype), mixed.sin().to(dtype)                           # angles stay fp32
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model
 
 
@@ -364,8 +374,8 @@ class Embedded(NamedTuple):
 def causal_mask_needed(mask):
     """What the layers must be told about padding: None when it is only on the right.
 
-    Every mixer is causal, so a real position never sees what stands right of it; without a state to keep, right
-    padding needs no mask at all, which is the fast path of training.
+    Every mixer is causal, so a real position never sees what stands right of it; without a state to
+    keep, right padding needs no mask at all, which is the fast path of training.
     """
     return None if mask is None or bool(mask[:, 0].all()) else mask
 
@@ -374,9 +384,9 @@ class Qwen3VL(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.folder, self.sampling = None, {}             # where it was loaded from; its generation_config
-        self.replayed = None                              # the last decoding step that was captured (`start_decoding`)
-        self.recompute = False                            # in training: keep only each layer's input (`run_layer`)
+        self.folder, self.sampling = None, {}      # where it was loaded from; its generation_config
+        self.replayed = None           # the last decoding step that was captured (`start_decoding`)
+        self.recompute = False             # in training: keep only each layer's input (`run_layer`)
         self.model = Backbone(config)
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -387,15 +397,17 @@ class Qwen3VL(nn.Module):
     norm = property(lambda self: self.model.language_model.norm)
 
     def embed(self, ids, mask=None, pixels=None, grids=None, vision=None):
-        """Tokens and images -> the residual stream before layer 0, and what the layers need with it.
+        """Tokens and images -> the residual stream before layer 0, and what the layers need with
+        it.
 
-        vision: a VisionOut of these images, when it was computed before (teacher and student share it).
+        vision: a VisionOut of these images, when it was computed before (teacher and student share
+        it).
         """
         if ids.numel() == 0:
             raise ValueError(f"there is nothing to read: ids have shape {tuple(ids.shape)}")
         if mask is not None and (mask.dtype != torch.bool or mask.shape != ids.shape):
-            raise ValueError(f"mask must be bool of shape {tuple(ids.shape)}, but is {mask.dtype} of "
-                             f"{tuple(mask.shape)}")
+            raise ValueError(f"mask must be bool of shape {tuple(ids.shape)}, but is {mask.dtype} "
+                             f"of {tuple(mask.shape)}")
         if vision is None and (pixels is None) != (grids is None):
             raise ValueError("pixels and grids belong together, but only one of them is given")
         x = self.model.language_model.embed_tokens(ids)                                 # (B, T, D)
@@ -408,17 +420,20 @@ class Qwen3VL(nn.Module):
             at = (ids == self.config.image_token_id) | (ids == self.config.video_token_id)
             at = (at if mask is None else at & mask)[..., None]                         # (B, T, 1)
             x = x.masked_scatter(at, vision.tokens.to(x.dtype))
-            deepstack = [torch.zeros_like(x).masked_scatter(at, f.to(x.dtype)) for f in vision.deepstack]
+            zeros = torch.zeros_like(x)
+            deepstack = [zeros.masked_scatter(at, f.to(x.dtype)) for f in vision.deepstack]
         return Embedded(x, deepstack, rope, next_position)
 
     def run_layer(self, layer, *inputs):
-        """A decoder layer's outputs. With `recompute`, what its backward pass needs is computed anew, not kept."""
+        """A decoder layer's outputs. With `recompute`, what its backward pass needs is computed
+        anew, not kept."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
 
     def decode(self, x, deepstack, rope, mask, states):
-        """One chunk through all layers. states: one per layer (None at the start). -> hidden (B, T, D), states."""
+        """One chunk through all layers. states: one per layer (None at the start). -> hidden (B, T,
+        D), states."""
         fresh = []
         for i, layer in enumerate(self.layers):
             x, _, state = layer(x, mask, rope, states[i])
@@ -428,7 +443,8 @@ class Qwen3VL(nn.Module):
         return x, fresh
 
     def hidden(self, ids, mask=None, pixels=None, grids=None, vision=None):
-        """The normalised last hidden states (B, T, D), before the head. Padding on the left or on the right."""
+        """The normalised last hidden states (B, T, D), before the head. Padding on the left or on
+        the right."""
         x, deepstack, rope, _ = self.embed(ids, mask, pixels, grids, vision)
         mask = causal_mask_needed(mask)
         for i, layer in enumerate(self.layers):
@@ -443,19 +459,21 @@ class Qwen3VL(nn.Module):
 
     @torch.inference_mode()
     def prefill(self, ids, mask=None, pixels=None, grids=None, chunk=None):
-        """Reads a prompt, `chunk` positions at a time. -> logits after each row's last token (B, V), states,
-        the next positions (B,). Each layer's state is right wherever the padding stands."""
+        """Reads a prompt, `chunk` positions at a time, padded on any side. -> logits after each
+        row's last token (B, V), states, the next positions (B,)."""
         B, T = ids.shape
         x, deepstack, rope, next_position = self.embed(ids, mask, pixels, grids)
-        end = T - 1 if mask is None else torch.where(mask, torch.arange(T, device=ids.device), 0).amax(1)
-        end = torch.as_tensor(end, device=ids.device).expand(B)
+        end = torch.arange(T, device=ids.device).expand(B, T)                           # (B, T)
+        end = (end if mask is None else torch.where(mask, end, 0)).amax(1)              # (B,)
         states, last = [None] * len(self.layers), torch.zeros_like(x[:, 0])
         for a in range(0, T, chunk or T):
-            b = min(T, a + (chunk or T))
-            h, states = self.decode(x[:, a:b], [f[:, a:b] for f in deepstack], tuple(t[:, a:b] for t in rope),
-                                    None if mask is None else mask[:, a:b], states)
-            here = (end >= a) & (end < b)
-            last = torch.where(here[:, None], h[torch.arange(B), (end - a).clamp(0, b - a - 1)], last)
+            at = slice(a, min(T, a + (chunk or T)))
+            h, states = self.decode(x[:, at], [f[:, at] for f in deepstack],
+                                    tuple(t[:, at] for t in rope),
+                                    None if mask is None else mask[:, at], states)
+            here = (end >= a) & (end < at.stop)
+            row = h[torch.arange(B), (end - a).clamp(0, at.stop - a - 1)]
+            last = torch.where(here[:, None], row, last)
         return self.lm_head(self.norm(last)), states, next_position
 
     @torch.inference_mode()
@@ -470,8 +488,9 @@ class Qwen3VL(nn.Module):
     def start_decoding(self, states, position, steps, graph=None):
         """After `prefill`: -> a function tokens (B,) -> logits (B, V), for up to so many steps.
 
-        graph: on fixed buffers, on CUDA as one captured graph; the logits are then in a buffer that the next call
-        overwrites, `states` is emptied, and the last graph is kept, to serve the next prompt that fits. None: on CUDA.
+        graph: on fixed buffers, on CUDA as one captured graph; the logits are then in a buffer that
+        the next call overwrites, `states` is emptied, and the last graph is kept, to serve the next
+        prompt that fits. None: on CUDA.
         """
         if graph or graph is None and position.is_cuda:
             weights = tuple(p.data_ptr() for p in self.parameters())
@@ -489,16 +508,17 @@ class Qwen3VL(nn.Module):
         return step
 
     @torch.inference_mode()
-    def generate(self, ids, mask=None, pixels=None, grids=None, max_new_tokens=64, chunk=None, generator=None,
-                 temperature=0.0, top_p=1.0, top_k=0, graph=None):
-        """Answers, greedy by default; `generate(..., **model.sampling)` samples as the checkpoint suggests.
+    def generate(self, ids, mask=None, pixels=None, grids=None, max_new_tokens=64, chunk=None,
+                 generator=None, temperature=0.0, top_p=1.0, top_k=0, graph=None):
+        """Answers, greedy by default; `**model.sampling` samples as the checkpoint suggests.
 
-        ids (B, T) padded on either side, mask (B, T). graph: as in `start_decoding`. Returns B lists of new token ids,
-        without the eos. Raises ValueError on a negative temperature or chunk, and when the weights give no finite
-        logits.
+        ids (B, T) padded on either side, mask (B, T). graph: as in `start_decoding`. Returns B
+        lists of new token ids, without the eos. Raises ValueError on a negative temperature or
+        chunk, and when the weights give no finite logits.
         """
         if temperature < 0 or chunk is not None and chunk < 1:
-            raise ValueError(f"temperature must be at least 0 and chunk at least 1, got {temperature} and {chunk}")
+            raise ValueError("temperature must be at least 0 and chunk at least 1, got "
+                             f"{temperature} and {chunk}")
         logits, states, position = self.prefill(ids, mask, pixels, grids, chunk)
         if not torch.isfinite(logits).all():
             raise ValueError("the model's logits are not finite: are its weights damaged?")
@@ -515,12 +535,13 @@ class Qwen3VL(nn.Module):
             logits = step(token)
         return answers
 
-    # -- to and from a folder ------------------------------------------------------------------------------
+    # -- to and from a folder
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None, device="cpu"):
-        """Loads a folder of config.json and safetensors, single or sharded, in `dtype` (default: as stored). What
-        mixers name in FP32 is never rounded below it (`in_dtype`). Raises one ValueError that names all that is wrong.
+        """Loads a folder of config.json and safetensors, single or sharded, in `dtype` (default: as
+        stored). What mixers name in FP32 is never rounded below it (`in_dtype`). Raises one
+        ValueError that names all that is wrong.
         """
         config = Config.from_folder(folder)
         with torch.device("meta"):
@@ -528,10 +549,12 @@ class Qwen3VL(nn.Module):
         head, embeddings = "lm_head.weight", "model.language_model.embed_tokens.weight"
         tied = (head, embeddings) if config.tie_word_embeddings else ()
         shapes = {k: v.shape for k, v in model.state_dict().items() if k not in tied[:1]}
-        state = read_weights(folder, shapes, lambda name: dtype and model.dtype_in(name, dtype), device, tied)
+        state = read_weights(folder, shapes, lambda name: dtype and model.dtype_in(name, dtype),
+                             device, tied)
         model.load_state_dict({**state, head: state[embeddings]} if tied else state, assign=True)
         if lost := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
-            raise ValueError(f"{folder}: {', '.join(lost)} of a mixer are in no file; buffers must be persistent")
+            raise ValueError(f"{folder}: {', '.join(lost)} of a mixer are in no file; buffers must "
+                             "be persistent")
         if tied:                                          # assign made two Parameters of one tensor
             model.lm_head.weight = model.model.language_model.embed_tokens.weight
         model.folder = Path(folder)
@@ -543,8 +566,9 @@ class Qwen3VL(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder, shard_bytes=5 * 2 ** 30):
-        """Writes config.json and safetensors (what transformers loads, unless it is a hybrid), and copies the
-        tokenizer and image settings of the folder this model came from. Each file appears whole or not at all."""
+        """Writes config.json and safetensors (what transformers loads, unless it is a hybrid), and
+        copies the tokenizer and image settings of the folder this model came from. Each file
+        appears whole or not at all."""
         state = {k: v for k, v in self.state_dict().items()
                  if not (self.config.tie_word_embeddings and k == "lm_head.weight")}
         write_folder(folder, self.config.to_json(), state, shard_bytes)
@@ -564,52 +588,14 @@ class Qwen3VL(nn.Module):
         return self
 
 
-def sample(logits, temperature, top_p, top_k, generator=None):
-    """Next tokens (B,) from logits (B, V): the argmax at temperature 0, else the top-k, then top-p nucleus."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k:
-        kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    if top_p < 1:
-        ordered, index = logits.sort(dim=-1, descending=True)
-        p = ordered.softmax(-1)
-        outside = p.cumsum(-1) - p >= top_p               # the first token over the bound stays in,
-        outside[:, 0] = False                             # and the likeliest at any bound
-        logits = logits.masked_fill(outside.gather(-1, index.argsort(-1)), float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-
-
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # From a teacher to a hybrid
 
-MIXERS = {"mamba2": "mamba2.py:Mamba2", "gdn": "gdn.py:GatedDeltaNet"}
-
-
-def mixer_class(spec):
-    """The class named by a word of MIXERS, or by FILE.py:CLASS (looked for here, then beside this file)."""
-    file, _, name = MIXERS.get(spec, spec).partition(":")
-    folders = [Path(__file__).parent] if spec in MIXERS else [Path(), Path(__file__).parent]
-    found = [(p / file).resolve() for p in folders if (p / file).is_file()]
-    if not name or not found:
-        raise ValueError(f"no mixer {spec!r}: give one of {', '.join(MIXERS)}, or FILE.py:CLASS with a file that "
-                         "exists")
-    loaded = sys.modules.get(found[0].stem)
-    if Path(getattr(loaded, "__file__", None) or "").resolve() != found[0]:     # else it is imported
-        module = importlib.util.spec_from_file_location(found[0].stem, found[0])
-        loaded = importlib.util.module_from_spec(module)
-        sys.modules.setdefault(found[0].stem, loaded)          # so that `import` gives the same classes
-        module.loader.exec_module(loaded)
-    if not hasattr(loaded, name):
-        raise ValueError(f"{found[0]} has no class {name}")
-    return getattr(loaded, name)
-
-
 def reshell(module, **children):
-    """A module with some children exchanged, which shares all the others, and its parameters, by reference."""
+    """A module with some children exchanged, which shares all the others, and its parameters, by
+    reference."""
     shell = copy.copy(module)
-    for name, value in vars(module).items():              # its own tables: a hook on one is none on the other
+    for name, value in vars(module).items():    # its own tables: a hook on one is none on the other
         if isinstance(value, dict):
             shell.__dict__[name] = value.copy()
     shell._modules.update(children)
@@ -617,22 +603,25 @@ def reshell(module, **children):
 
 
 def to_hybrid(teacher, mixer="mamba2", keep_every=4, init="default", seed=0):
-    """The student f_theta-hat: attention stays in every `keep_every`-th layer (3, 7, ... of 0-based 4), all the
-    other layers S get a mixer made from that layer's attention (Sect. 4.1). Only the mixers own new weights.
+    """The student f_theta-hat: attention stays in every `keep_every`-th layer (3, 7, ... of 0-based
+    4), all the other layers S get a mixer made from that layer's attention (Sect. 4.1). Only the
+    mixers own new weights.
 
-    Raises ValueError when the teacher is a hybrid, or when no layer would keep attention or none be replaced.
+    Raises ValueError when the teacher is a hybrid, or when no layer would keep attention or none be
+    replaced.
     """
     layers = teacher.layers
     if teacher.config.hybrid:
         raise ValueError("this model is a hybrid already: a teacher has attention in all layers")
     replaced = [i for i in range(len(layers)) if (i + 1) % keep_every != 0]
     if not 0 < len(replaced) < len(layers):
-        raise ValueError(f"keep_every {keep_every} on {len(layers)} layers replaces {len(replaced)} of them; "
-                         "a hybrid needs both kinds")
+        raise ValueError(f"keep_every {keep_every} on {len(layers)} layers replaces "
+                         f"{len(replaced)} of them; a hybrid needs both kinds")
     kind, fresh = mixer_class(mixer), list(layers)
     for i in replaced:
         generator = torch.Generator().manual_seed(1_000_003 * seed + i)
-        fresh[i] = reshell(layers[i], self_attn=kind.from_attention(layers[i].self_attn, init, generator))
+        made = kind.from_attention(layers[i].self_attn, init, generator)
+        fresh[i] = reshell(layers[i], self_attn=made)
     text = reshell(teacher.model.language_model, layers=nn.ModuleList(fresh))
     student = reshell(teacher, model=reshell(teacher.model, language_model=text))
     student.config = copy.copy(teacher.config)

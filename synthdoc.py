@@ -1,37 +1,42 @@
-"""The embedded world: small documents and scenes drawn with Pillow, with questions and exact answers.
+"""The embedded world: documents and scenes drawn with Pillow, with questions and exact answers.
 
-The paper distils on 1.34 M public samples (Table 12) and judges by ten benchmarks in two groups: fine-grained
-perception, where a few patches carry the answer, and reasoning, which a blurred picture would serve as well
-(Sect. 5.1). This file draws both kinds in miniature, so that the whole method runs with nothing to download:
+The paper distils on public samples (Table 12) and judges by ten benchmarks in two groups (Sect.
+5.1): fine-grained perception, where a few patches carry the answer, and reasoning, which a
+blurred picture would serve as well. This file draws both kinds in miniature, so that the whole
+method runs with nothing to download:
 
-    suite       family     page                                          question -> answer
-    reading     receipt    an item and its price, shop, date             price of milk? -> 4.75
-                form       fields filled with names, cities, codes       what is the code? -> k7q2
-                sign       one sign in front of a softly textured wall   what does the sign say? -> gate 417
-                chart      bars, one with a value and a name             value of may? -> 37
-                digits     real handwriting: 8 x 8 scans of digits       which number? -> 508
-    reasoning   colour     large shapes                                  colour of the circle? -> red
-                shape                                                    which shape is red? -> circle
-                count                                                    how many shapes? -> 3
-                relation                                                 red at the top or at the bottom? -> top
-    regimes     smooth     blurred shapes among sharp lines of text      colour of the circle? -> red
-                textured   a receipt among blocks of hard noise          price of milk? -> 4.75
-    (text)      text       no page                                       plain English, all of it supervised
-
-The regimes are no part of the training mixture: they are where density should misrank positions (App. A, "where
-HEED helps less"), because the answer stands in a smooth place, or what stands out is of no use. `distill.py --suite
-regimes` trains on them alone. The teacher, which never saw such pages, answers nine of ten.
-
-It asks for what a teacher of 2.9 M parameters can master, for a teacher that guesses is no measure of its students:
-a page holds one value of a kind, and a shape is compared with the page, since look-ups among lines of one kind and
-comparisons of two shapes stayed at chance through 150 minutes of lessons. Every sample is a pure function of (split,
-seed, index). The splits share neither random streams nor handwritten digits: the scans (tiny/digits.npz: 1,797 of the
-UCI optical digits, CC BY 4.0, as shipped with scikit-learn) are divided, the last 500 being for evaluation only.
+    suite      family    page                                         question -> answer
+    reading    receipt   an item and its price, shop, date            price of milk? -> 4.75
+               form      fields filled with names, cities, codes      what is the code? -> k7q2
+               sign      one sign before a softly textured wall       what does the sign say? -> gate 417
+               chart     bars, one with a value and a name            value of may? -> 37
+               digits    real handwriting: 8 x 8 scans of digits      which number? -> 508
+    reasoning  colour    large shapes                                 colour of the circle? -> red
+               shape                                                  which shape is red? -> circle
+               count                                                  how many shapes? -> 3
+               relation                                               red at the top or bottom? -> top
+    regimes    smooth    blurred shapes among sharp lines of text     colour of the circle? -> red
+               textured  a receipt among blocks of hard noise         price of milk? -> 4.75
+    (text)     text      no page                                      plain English, all supervised
 
     python synthdoc.py out.png            # a contact sheet of every family
 
-A page is a grid of cells: 16 x 16 pixels are one visual token of the embedded teacher (patch 8, merge 2) and
-hold one line's height and two characters. Text starts at a cell and is jittered by up to 2 pixels.
+In the regimes density should misrank positions (App. A, "where HEED helps less"): the answer
+stands in a smooth place, or what stands out is of no use. The training mixture has none of them;
+`distill.py --suite regimes` trains on them alone. The teacher, which never saw such pages,
+answers nine of ten.
+
+The world asks for no more than a teacher of 2.9 M parameters can master. So a page holds one
+value of a kind, and a shape is compared with the page: look-ups among lines of one kind and
+comparisons of two shapes stayed at chance through 150 minutes of lessons.
+
+Every sample is a pure function of (split, seed, index). The splits share neither random streams
+nor handwritten digits: of the scans (tiny/digits.npz: 1,797 of the UCI optical digits, CC BY 4.0,
+as shipped with scikit-learn) the last 500 are for evaluation only.
+
+A page is a grid of cells: 16 x 16 pixels are one visual token of the embedded teacher (patch 8,
+merge 2) and hold one line's height and two characters. Text starts at a cell, jittered by up to 2
+pixels.
 """
 import sys
 import zlib
@@ -42,12 +47,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from data import Sample
+from formats import Sample, texts
 
 CELL = 16                     # pixels: the side of a visual token
 CHARS = "abcdefghijklmnopqrstuvwxyz0123456789."
-ITEMS = ("milk bread apple tea rice salt fish eggs soap pasta honey juice lemon onion cocoa butter cheese sugar "
-         "flour grapes").split()
+ITEMS = ("milk bread apple tea rice salt fish eggs soap pasta honey juice lemon onion cocoa butter "
+         "cheese sugar flour grapes").split()
 FIELDS = "name city code street room team color title".split()
 NAMES = "anna boris clara david elena frank greta henry irene jonas karla louis maria nils olga peter".split()
 CITIES = "oslo paris rome vienna lima cairo delhi kyoto quebec berlin madrid dublin".split()
@@ -57,20 +62,21 @@ MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
 SHAPES = "circle square triangle".split()
 COLOURS = dict(red=(208, 44, 44), green=(40, 150, 66), blue=(48, 88, 205), yellow=(233, 196, 40),
                purple=(140, 60, 170), black=(36, 36, 40))
-SUITES = dict(reading="receipt form sign chart digits".split(), reasoning="colour shape count relation".split())
-REGIMES = dict(regimes="smooth textured".split())                     # apart: neither trained on nor asked by default
-TRAIN_SHARES = dict(reading=0.55, reasoning=0.30, text=0.15)          # of the samples of the training mixture
+SUITES = dict(reading="receipt form sign chart digits".split(),
+              reasoning="colour shape count relation".split())
+REGIMES = dict(regimes="smooth textured".split())            # neither trained on nor asked by default
+TRAIN_SHARES = dict(reading=0.55, reasoning=0.30, text=0.15)  # of the samples it trains on
 HELD_OUT_DIGITS = 500
 
 
 @dataclass
 class Page:
-    """A picture under construction, and what stands where: the marks teach the vision tower (make_teacher.py)."""
+    """A picture under construction, and what stands where (the marks teach the vision tower)."""
     canvas: np.ndarray                                    # (height, width, 3) float32, 0..255
     marks: list = field(default_factory=list)             # (what, x0, y0, x1, y1) in pixels
     questions: list = field(default_factory=list)         # (question, answer)
     lines: list = field(default_factory=list)             # all that is written, in reading order
-    shapes: list = field(default_factory=list)            # (colour, shape, its place's top left cell), of scenes
+    shapes: list = field(default_factory=list)            # scenes: (colour, shape, its cell)
 
     @property
     def cells(self):
@@ -83,8 +89,8 @@ class Page:
 
 @lru_cache(maxsize=None)
 def glyph(char, size):
-    """Coverage (16, 8) in 0..1 of one character, centred on its column and narrowed where it is too wide."""
-    font = ImageFont.load_default(size)                   # Pillow's own font: the same on every machine
+    """Coverage (16, 8) in 0..1 of one character, centred on its column, narrowed if too wide."""
+    font = ImageFont.load_default(size)    # Pillow's own font: the same on every machine
     big = Image.new("L", (24, CELL))
     ImageDraw.Draw(big).text((4, 13), char, fill=255, font=font, anchor="ls")
     box = big.getbbox() or (4, 0, 8, CELL)
@@ -97,7 +103,7 @@ def glyph(char, size):
 
 
 def write(page, rng, text, row, col, ink, size=13):
-    """Text from cell (row, col) on, two characters a cell, jittered as a whole by up to 2 pixels."""
+    """Text from cell (row, col) on, two characters a cell, jittered by up to 2 pixels."""
     x0, y0 = col * CELL + int(rng.integers(-2, 3)), row * CELL + int(rng.integers(-2, 3))
     height, width = page.canvas.shape[:2]
     for i, char in enumerate(text):
@@ -140,19 +146,20 @@ def number(rng, digits):
     return str(rng.integers(10 ** (digits - 1), 10 ** digits))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Families: each draws a page and lists its questions
 
 
 def receipt(rng, cells, split):
-    """One item with its price, and perhaps the shop and the date: no two lines are of one kind (see the top)."""
+    """One item with its price, and perhaps the shop and the date: no two lines are of one kind."""
     page, (rows, cols), ink = blank(rng, cells, 3), cells, dark(rng)
     item, left = str(rng.choice(ITEMS)), int(rng.integers(0, cols - 7 + 1))
     lines = [("shop", str(rng.choice(SIGNS)), "What is the shop?"),
              ("date", f"{rng.integers(10, 29)} {rng.choice(MONTHS)}", "What is the date?"),
              (item, f"{rng.integers(1, 10)}.{rng.integers(10, 100)}", f"What is the price of {item}?")]
     lines = [line for line in lines if line[0] == item or rng.random() < 0.5]
-    for (label, value, question), row in zip(lines, sorted(rng.choice(rows, len(lines), replace=False))):
+    places = sorted(rng.choice(rows, len(lines), replace=False))
+    for (label, value, question), row in zip(lines, places):
         write(page, rng, label, int(row), left, ink)
         write(page, rng, value, int(row), left + 4, ink)
         page.lines.append(f"{label} {value}")
@@ -164,8 +171,8 @@ def form(rng, cells, split):
     page, (rows, cols), ink, pen = blank(rng, cells, 3), cells, dark(rng), dark(rng)
     lines, left = int(rng.integers(1, min(3, rows) + 1)), int(rng.integers(0, cols - 7 + 1))
     fill = dict(name=NAMES, city=CITIES, street=STREETS, color=list(COLOURS), title=SIGNS)
-    for label, row in zip(rng.choice(FIELDS, lines, replace=False), sorted(rng.choice(rows, lines, replace=False))):
-        label = str(label)
+    labels = [str(label) for label in rng.choice(FIELDS, lines, replace=False)]
+    for label, row in zip(labels, sorted(rng.choice(rows, lines, replace=False))):
         value = {"code": code(rng), "room": number(rng, 3), "team": number(rng, 2)}.get(label) \
             or str(rng.choice(fill[label]))
         write(page, rng, label, int(row), left, ink)
@@ -180,13 +187,14 @@ def sign(rng, cells, split):
     word, digits = str(rng.choice(SIGNS)), number(rng, 3)
     row, col = int(rng.integers(0, rows - 1)), int(rng.integers(0, cols - 3))
     panel = tuple(int(c) for c in rng.integers(20, 110, 3))
-    draw(page, lambda d: d.rectangle([col * CELL - 3, row * CELL - 2, (col + 4) * CELL + 1, (row + 2) * CELL + 1],
-                                     fill=panel))
+    box = [col * CELL - 3, row * CELL - 2, (col + 4) * CELL + 1, (row + 2) * CELL + 1]
+    draw(page, lambda d: d.rectangle(box, fill=panel))
     light = rng.integers(225, 256, 3)
     write(page, rng, word, row, col, light)
     write(page, rng, digits, row + 1, col, light)
     page.lines.append(f"{word} {digits}")
-    page.questions += [("What does the sign say?", f"{word} {digits}"), ("Which number is on the sign?", digits)]
+    page.questions += [("What does the sign say?", f"{word} {digits}"),
+                       ("Which number is on the sign?", digits)]
     return page
 
 
@@ -196,17 +204,18 @@ def chart(rng, cells, split):
     bars = int(rng.integers(1, min(4, cols // 2) + 1))
     left, named = int(rng.integers(0, cols - 2 * bars + 1)), int(rng.integers(bars))
     tint = tuple(int(c) for c in rng.integers(120, 200, 3))
-    base = int(rng.integers(2, rows))                                                 # the row of the name
+    base = int(rng.integers(2, rows))                              # the row of the name
     heights = rng.integers(1, base, bars)
     for i, height in enumerate(heights):
         col = left + 2 * i
-        draw(page, lambda d: d.rectangle([col * CELL + 2, (base - height) * CELL, col * CELL + 20, base * CELL - 1],
-                                         fill=tint))
+        box = [col * CELL + 2, (base - height) * CELL, col * CELL + 20, base * CELL - 1]
+        draw(page, lambda d: d.rectangle(box, fill=tint))
     month, value = str(rng.choice(MONTHS)), number(rng, 2)
     write(page, rng, value, base - int(heights[named]) - 1, left + 2 * named, ink)
     write(page, rng, month, base, left + 2 * named, ink)
     page.lines.append(f"{month} {value}")
-    page.questions += [(f"What is the value of {month}?", value), ("Which month has a value?", month)]
+    page.questions += [(f"What is the value of {month}?", value),
+                       ("Which month has a value?", month)]
     return page
 
 
@@ -217,7 +226,7 @@ def scans():
 
 
 def stamp(page, rng, which, row, col, ink):
-    """Handwritten digits, by their numbers in the collection, from cell (row, col) on; one fills a cell."""
+    """Handwritten digits, by their numbers in the collection, one a cell from (row, col) on."""
     images, labels = scans()
     shift = rng.integers(-1, 2, 2)
     for i, n in enumerate(which):
@@ -231,15 +240,16 @@ def stamp(page, rng, which, row, col, ink):
 def digits(rng, cells, split):
     page, (rows, cols), labels = blank(rng, cells, 5), cells, scans()[1]
     count, border = int(rng.integers(2, 4)), len(labels) - HELD_OUT_DIGITS
-    which = rng.integers(0, border, count) if split == "train" else rng.integers(border, len(labels), count)
-    stamp(page, rng, which, int(rng.integers(0, rows)), int(rng.integers(0, cols - count + 1)), dark(rng))
+    which = rng.integers(*((0, border) if split == "train" else (border, len(labels))), count)
+    row, col = int(rng.integers(0, rows)), int(rng.integers(0, cols - count + 1))
+    stamp(page, rng, which, row, col, dark(rng))
     page.lines.append("".join(str(labels[n]) for n in which))
     page.questions.append(("Which number is handwritten?", page.lines[0]))
     return page
 
 
 def scene(rng, cells, split):
-    """One to four large shapes of different colours; the four reasoning families ask about the same pages."""
+    """One to four large shapes of different colours: what the reasoning families ask about."""
     page, (rows, cols) = blank(rng, cells, 6), cells
     spots = [(y, x) for y in range(0, rows - 2, 3) for x in range(0, cols - 2, 3)]
     n = int(rng.integers(1, min(4, len(spots)) + 1))
@@ -249,11 +259,13 @@ def scene(rng, cells, split):
     for colour, shape, i in zip(colours, shapes, rng.choice(len(spots), n, replace=False)):
         side = int(rng.integers(30, 44))
         y, x = (s * CELL + int(rng.integers(0, 48 - side + 1)) for s in spots[i])
-        fill = tuple(int(c) for c in np.clip(np.array(COLOURS[colour]) + rng.integers(-14, 15, 3), 0, 255))
-        outline = {"circle": lambda d: d.ellipse([x, y, x + side, y + side], fill=fill),
-                   "square": lambda d: d.rectangle([x, y, x + side, y + side], fill=fill),
-                   "triangle": lambda d: d.polygon([(x, y + side), (x + side, y + side), (x + side // 2, y)],
-                                                   fill=fill)}
+        tint = np.array(COLOURS[colour]) + rng.integers(-14, 15, 3)
+        fill = tuple(int(c) for c in tint.clip(0, 255))
+        box = [x, y, x + side, y + side]
+        corners = [(x, y + side), (x + side, y + side), (x + side // 2, y)]
+        outline = {"circle": lambda d: d.ellipse(box, fill=fill),
+                   "square": lambda d: d.rectangle(box, fill=fill),
+                   "triangle": lambda d: d.polygon(corners, fill=fill)}
         draw(page, outline[shape])
         page.marks.append((f"{colour} {shape}", x, y, x + side, y + side))
         centres.append(spots[i])
@@ -275,13 +287,14 @@ def count(page):
 
 
 def relation(page):
-    """Where on the page a shape stands, top or bottom; on a page too low for that, left or right."""
+    """Whether a shape stands at the page's top or bottom; on a low page, left or right."""
     axis, words = (1, ("left", "right")) if page.cells[0] < 6 else (0, ("top", "bottom"))
     asked = []
     for colour, _, spot in page.shapes:
         middle = (spot[axis] + 1.5) / page.cells[axis]
-        if not 0.35 < middle < 0.6:                       # what stands in the middle is not asked for
-            asked.append((f"Is {colour} at the {words[0]} or at the {words[1]}?", words[middle > 0.5]))
+        if not 0.35 < middle < 0.6:                 # what stands in the middle is not asked for
+            question = f"Is {colour} at the {words[0]} or at the {words[1]}?"
+            asked.append((question, words[middle > 0.5]))
     return asked
 
 
@@ -309,8 +322,10 @@ def smooth(rng, cells, split):
 def textured(rng, cells, split):
     """A receipt, with some blocks of hard noise where no character is near."""
     page = receipt(rng, cells, split)
-    near = {(y // CELL + dy, x // CELL + dx) for _, x0, y0, x1, y1 in page.marks for y in (y0, y1 - 1)
-            for x in (x0, x1 - 1) for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
+    corners = [(y, x) for _, x0, y0, x1, y1 in page.marks
+               for y in (y0, y1 - 1) for x in (x0, x1 - 1)]
+    near = {(y // CELL + dy, x // CELL + dx) for y, x in corners
+            for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
     for row, col in np.ndindex(cells):
         if (row, col) not in near and rng.random() < 0.08:
             checks = 110 + 125 * rng.integers(0, 2, (4, 4, 1)).repeat(4, 0).repeat(4, 1)
@@ -318,14 +333,16 @@ def textured(rng, cells, split):
     return page
 
 
-DRAW = dict(receipt=receipt, form=form, sign=sign, chart=chart, digits=digits, smooth=smooth, textured=textured)
+DRAW = dict(receipt=receipt, form=form, sign=sign, chart=chart, digits=digits, smooth=smooth,
+            textured=textured)
 ASK = dict(colour=colour, shape=shape, count=count, relation=relation)
 
-SENTENCES = ["{name} bought {item} and {item2} in {city} .", "the {sign} is near the {street} road in {city} .",
-             "in {month} {name} sold {n} boxes of {item} .", "a {colour} {shape} is printed on the {item} box .",
-             "{name} lives in {city} and works at the {sign} .", "the {item} is {adj} but the {item2} is not .",
-             "every {month} the {sign} opens at {h} and closes late .", "{name} and {name2} walk to the {sign} .",
-             "please write the {field} on the form .", "the price of {item} rose to {h}.{n} in {month} ."]
+SENTENCES = [
+    "{name} bought {item} and {item2} in {city} .", "the {sign} is near the {street} road in {city} .",
+    "in {month} {name} sold {n} boxes of {item} .", "a {colour} {shape} is printed on the {item} box .",
+    "{name} lives in {city} and works at the {sign} .", "the {item} is {adj} but the {item2} is not .",
+    "every {month} the {sign} opens at {h} and closes late .", "{name} and {name2} walk to the {sign} .",
+    "please write the {field} on the form .", "the price of {item} rose to {h}.{n} in {month} ."]
 
 
 def plain_text(rng, sentences=6):
@@ -334,18 +351,19 @@ def plain_text(rng, sentences=6):
     lines = []
     for template in rng.choice(SENTENCES, sentences):
         lines.append(str(template).format(
-            name=one(NAMES), name2=one(NAMES), item=one(ITEMS), item2=one(ITEMS), city=one(CITIES), sign=one(SIGNS),
-            street=one(STREETS), month=one(MONTHS), colour=one(list(COLOURS)), shape=one(SHAPES), field=one(FIELDS),
-            adj=one("fresh cold old cheap good small".split()), n=number(rng, 2), h=int(rng.integers(1, 10))))
+            name=one(NAMES), name2=one(NAMES), item=one(ITEMS), item2=one(ITEMS), city=one(CITIES),
+            sign=one(SIGNS), street=one(STREETS), month=one(MONTHS), colour=one(list(COLOURS)),
+            shape=one(SHAPES), field=one(FIELDS), adj=one("fresh cold old cheap good small".split()),
+            n=number(rng, 2), h=int(rng.integers(1, 10))))
     return " ".join(lines).replace(" .", ".")
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The world
 
 
 def near_miss(rng, answer):
-    """A wrong answer of the kind a poor reader gives: one word of a closed set, or one character, exchanged."""
+    """A wrong answer as a poor reader gives it: one word of a closed set or one character changed."""
     for words in (SHAPES, list(COLOURS), ["left", "right"], ["top", "bottom"]):
         if answer in words:
             return str(rng.choice([w for w in words if w != answer]))
@@ -357,20 +375,21 @@ def near_miss(rng, answer):
 class World:
     """A sequence of data.Sample, each a pure function of (split, seed, index).
 
-    Args: split "train" or "eval"; seed; suite "reading", "reasoning", "regimes", one family's name, or None for the
-    training mixture; cells (rows, columns) of a page, 100 visual tokens by default; questions per page at most; pairs=True
-    adds chosen and rejected answers (DPO); length of the sequence.
-    Raises ValueError on an unknown split or suite.
-    """
+    Args: split "train" or "eval"; seed; suite "reading", "reasoning", "regimes", one family's name, or
+    None for the training mixture; cells (rows, columns) of a page, 100 visual tokens by default;
+    questions per page at most; pairs=True adds chosen and rejected answers (DPO); length of the
+    sequence. Raises ValueError on an unknown split or suite."""
 
-    def __init__(self, split, seed=0, suite=None, cells=(10, 10), questions=3, pairs=False, length=1_000_000):
+    def __init__(self, split, seed=0, suite=None, cells=(10, 10), questions=3, pairs=False,
+                 length=1_000_000):
         suites = SUITES | REGIMES
         families = [f for s in suites.values() for f in s] + ["text"]
-        if split not in ("train", "eval") or not (suite is None or suite in suites or suite in families):
-            raise ValueError(f"no split {split!r} or suite {suite!r}; splits are train and eval, suites are "
-                             f"{', '.join(suites)} or one of {', '.join(families)}")
+        if split not in ("train", "eval") or suite not in (None, *suites, *families):
+            raise ValueError(f"no split {split!r} or suite {suite!r}; splits are train and eval, suites "
+                             f"are {', '.join(suites)} or one of {', '.join(families)}")
         if cells[0] < 3 or cells[1] < 7:
-            raise ValueError(f"a page of {cells[0]} x {cells[1]} cells is too small for a form; 3 x 7 is the least")
+            raise ValueError(f"a page of {cells[0]} x {cells[1]} cells is too small for a form; 3 x 7 is "
+                             "the least")
         self.split, self.seed, self.suite, self.cells = split, seed, suite, cells
         self.questions, self.pairs, self.length = questions, pairs, length
 
@@ -392,7 +411,8 @@ class World:
             page = DRAW[family](rng, self.cells, self.split)
         else:
             page = asked_scene(rng, self.cells, self.split, ASK[family])
-        page.questions = [page.questions[i] for i in rng.permutation(len(page.questions))[:self.questions]]
+        chosen = rng.permutation(len(page.questions))[:self.questions]
+        page.questions = [page.questions[i] for i in chosen]
         return page
 
     def __getitem__(self, index):
@@ -404,23 +424,22 @@ class World:
         rng = self.rng(index)
         family, name = self.family(rng, index), f"{self.split}-{self.seed}-{index}"
         if family == "text":
-            return Sample(id=name, messages=[{"role": "document", "content": [{"type": "text", "text": plain_text(rng)}]}],
-                          images=[], source=family)
+            messages = [{"role": "document", "content": texts(plain_text(rng))}]
+            return Sample(id=name, messages=messages, source=family)
         page, messages = self.page(rng, family), []
         for i, (question, answer) in enumerate(page.questions):
-            start = [{"type": "image"}] if i == 0 else []
-            messages += [{"role": "user", "content": start + [{"type": "text", "text": question}]},
-                         {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+            image = [{"type": "image"}] if i == 0 else []
+            messages += [{"role": "user", "content": image + texts(question)},
+                         {"role": "assistant", "content": texts(answer)}]
         sample = Sample(id=name, messages=messages, images=[page.image], source=family)
         if self.pairs:
             answer = page.questions[0][1]
             sample.messages = messages[:1]
-            sample.chosen = [{"type": "text", "text": answer}]
-            sample.rejected = [{"type": "text", "text": near_miss(rng, answer)}]
+            sample.chosen, sample.rejected = texts(answer), texts(near_miss(rng, answer))
         return sample
 
 
-@lru_cache(maxsize=256)                                   # a plan measures a sample shortly before it is loaded
+@lru_cache(maxsize=256)                         # a plan measures a sample shortly before it is loaded
 def drawn(world, index):
     return world.sample(index)
 
@@ -432,9 +451,9 @@ def contact_sheet(path, seed=0):
         for j in range(3):
             sample = World("train", seed, family)[j]
             sheet.paste(sample.images[0], (8 + 168 * i, 8 + 198 * j))
-            caption = f"{sample.messages[0]['content'][1]['text']}\n{sample.messages[1]['content'][0]['text']}"
-            ImageDraw.Draw(sheet).text((8 + 168 * i, 170 + 198 * j), caption, fill="black",
-                                       font=ImageFont.load_default(9))
+            question, answer = (m["content"][-1]["text"] for m in sample.messages[:2])
+            ImageDraw.Draw(sheet).text((8 + 168 * i, 170 + 198 * j), f"{question}\n{answer}",
+                                       fill="black", font=ImageFont.load_default(9))
     sheet.save(path)
 
 

@@ -179,7 +179,7 @@ def contexts(opt):
     if opt.transformers:
         contenders["transformers"] = (TransformersReader,)
     places = [(T, at) for T in opt.contexts for at in ("batch 1", "equal memory")]
-    head("context", "", "", "rows", "first s", "floor", "step ms", "floor", "tokens/s", "peak GB", "cache GB")
+    line("context", "rows", "first s", "floor", "step ms", "floor", "tokens/s", "peak GB", "cache GB")
     for group in [[place] for place in places] if opt.device == "cpu" else [places]:
         results = measure(opt, contenders, [c for place in group for c in reading(opt, *place)])
         for T, at in group:
@@ -233,7 +233,7 @@ def compared(teacher, hybrid):
 
 def show_context(T, at, rows):
     for name, r in rows.items():
-        line(T, at, name, r["batch"], r.get("first_token"), r.get("first_token_floor"), 1e3 * r["step"],
+        line(f"{T:7} {at:13} {name}", r["batch"], r.get("first_token"), r.get("first_token_floor"), 1e3 * r["step"],
              1e3 * r["step_floor"], r["tokens_s"], r["peak"] / GB, r["held"] / GB)
     if "teacher" in rows and "hybrid" in rows:
         rows["ratios"] = compared(rows["teacher"], rows["hybrid"])
@@ -251,14 +251,14 @@ def train(opt):
     rounds = [(place, *call) for _ in range(opt.repeats + 1) for place in places      # conditions take turns
               for call in (("micro", *place), ("update",))]
     took = measure(opt, {"train": (Trainer, *HOURS)}, [(place, "counts", *place) for place in places] + rounds)["train"]
-    head("", "stage", "s", "update s", "tokens/s", "GFLOP/token", "% of rate", "peak GB")
+    line("condition and stage", "s", "update s", "tokens/s", "GFLOP/token", "% of rate", "peak GB")
     for c, n in places:
         if len(took.get(((c, n), "update"), ())) > opt.repeats:
             counts, micro, update = (took[(c, n), task] for task in ("counts", "micro", "update"))
             r = stages[c, n] = stage_figures(opt, rates, *counts[0].answer, micro, update)
-            line(c if n < 3 else "all", n, r["seconds"], r["update"], r["tokens_s"], r["flops"] / 1e9, 100 * r["share"],
+            line(f"{c if n < 3 else 'all'} {n}", r["seconds"], r["update"], r["tokens_s"], r["flops"] / 1e9, 100 * r["share"],
                  r["peak"] / GB)
-    head("", "s/k tokens", "over c1", "paper", *["GPU hours", "paper"] * cuda)
+    line("all stages, 10/30/60", "s/k tokens", "over c1", "paper", *["GPU hours", "paper"] * cuda)
     for c in HOURS:
         mine = {n: stages[p] for n in SHARES if (p := ("c1" if n == 3 else c, n)) in stages}
         if len(mine) == (1 if c == "c1" else 3):
@@ -274,7 +274,7 @@ def stage_figures(opt, rates, tokens, flops, micro, update):
     seconds, final = median(micro[1:]), median(update[1:])                              # less the warm-up
     each = seconds / tokens + final / (DEFAULTS["batch_tokens"][1] if opt.rows else tokens)
     return dict(tokens=tokens, seconds=seconds, update=final, tokens_s=1 / each, flops=flops / tokens,
-                share=flops / seconds / rates["products"], peak=max(t.peak for t in micro + update), loss=micro[-1].answer[0])
+                share=flops / seconds / rates["products"], peak=max(t.peak for t in micro[1:] + update[1:]), loss=micro[-1].answer[0])
 
 
 def weighted(costs):
@@ -297,7 +297,7 @@ def against(opt):
         + [("read", "step") for _ in range(opt.steps)] + [("answer", "generate") for _ in again]
     learns = [(f"stage {n}", "train", n) for n in SHARES for _ in again]
     table = {}
-    head("", "", "ms", "x ours", "peak GB", "ours / it", "difference")
+    line("task", "ms", "x ours", "peak GB", "ours / it", "difference")
     for contenders, calls in ((readers, reads), (trainers, learns)):
         results = measure(opt, contenders, calls)
         for key in dict.fromkeys((place, task) for place, task, *_ in calls if task != "begin"):
@@ -323,7 +323,7 @@ def difference(ours, theirs):
 def show_against(place, rows):
     for name, r in rows.items():
         first = rows.get("ours", r)
-        line(place, name, 1e3 * r["seconds"], r["seconds"] / first["seconds"], r["peak"] / GB, first["peak"] / r["peak"],
+        line(f"{place:10}{name}", 1e3 * r["seconds"], r["seconds"] / first["seconds"], r["peak"] / GB, first["peak"] / r["peak"],
              r.get("difference"))
 
 
@@ -339,16 +339,18 @@ def scan(opt):
                   for row, (_, chunks) in SCANS.items() if have[row] for chunk in chunks}
     calls = [(task, task) for task in ["errors"] + (opt.repeats + 1) * ["forward", "both"]]
     table = {}
-    head("chunk", "fwd ms", "+ bwd ms", "x ours", "added MB", "x ours", "error y", "of grads")
+    line("scan, and its chunk", "fwd ms", "+ bwd ms", "x ours", "added MB", "x ours", "error y", "of grads")
     for name, took in measure(opt, contenders, calls).items():
         took = {task: rounds for (_, task), rounds in took.items()}
         if len(took.get("both", ())) > 1 and len(took.get("forward", ())) > 1:
-            added = max(t.peak - t.start for t in took["both"][1:])
+            # A CPU's allocator keeps what was freed, so there the first run shows what it takes.
+            rounds = took["both"][opt.device == "cuda":]
+            added = max(t.peak for t in rounds) - min(t.start for t in rounds)
             r = table[name] = dict(forward=median(took["forward"][1:]), both=median(took["both"][1:]), added=added,
                                    errors=took["errors"][0].answer if "errors" in took else (None, None))
             first = table.get("ours", r)
             line(name, 1e3 * r["forward"], 1e3 * r["both"], r["both"] / first["both"], added / 1e6,
-                 added / first["added"], *r["errors"])
+                 added / max(1, first["added"]), *r["errors"])
     return table
 
 
@@ -356,17 +358,13 @@ def scan(opt):
 # Tables, pictures, records, and the command line
 
 
-def head(*cells):
-    print("\n" + "".join(f"{c:>12}" for c in cells), flush=True)
-
-
-def line(*cells):
+def line(label, *cells):
     """A line of a table, numbers to three digits at least."""
     def show(c):
         if isinstance(c, float):
             return f"{c:.3g}" if c < 100 else f"{c:,.0f}"
         return "-" if c is None else str(c)
-    print("".join(f"{show(c):>12}" for c in cells), flush=True)
+    print(f"{label:32}" + "".join(f"{show(c):>12}" for c in cells), flush=True)
 
 
 INKS = {"teacher": ("#606876", "s"), "hybrid": ("#d05c24", "o"), "transformers": ("#2f6fb2", "^")}

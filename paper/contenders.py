@@ -322,7 +322,7 @@ class TransformersReader:
 
     def begin(self, T, full):
         if full:
-            raise ValueError("a row at a time")
+            raise ValueError("it is measured with one row only")
         if T:
             self.prefill(16)
             for layer in self.cache.layers:

@@ -37,7 +37,8 @@ from tqdm import tqdm
 
 from data import IGNORED, BadSample, Processor, flattened, open_image, read_data
 from density import image_densities
-from distill import drift as squared_drift, fisher_scores
+from distill import drift as squared_drift
+from fisher import fisher_scores
 from model import Qwen3VL, device_of, dtype_of, rotate
 from synthdoc import SUITES, World
 

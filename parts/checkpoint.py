@@ -1,7 +1,9 @@
-"""A model's folder of safetensors, read strictly and written whole, and where weights go. Knows no model.
+"""A model's folder of safetensors, read strictly and written whole, and where weights go. Knows no
+model.
 
-Released checkpoints, transformers and this project share the layout: config.json, model.safetensors or several of them with
-an index, generation_config.json, and the tokenizer's and the processor's files beside them.
+Released checkpoints, transformers and this project share the layout: config.json, model.safetensors
+or several of them with an index, generation_config.json, and the tokenizer's and the processor's
+files beside them.
 """
 import json
 import os
@@ -15,13 +17,13 @@ from safetensors.torch import save_file
 
 from parts.config import read_object
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Where weights go
 
 
 def device_of(name="", here=True):
-    """The device of that name; without a name, cuda where there is one. Raises ValueError on a device that is not
-    here, or with here=False only on a name that is none."""
+    """The device of that name; without a name, cuda where there is one. Raises ValueError on a
+    device that is not here, or with here=False only on a name that is none."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
@@ -36,12 +38,13 @@ def dtype_of(name, device):
     return getattr(torch, name or ("bfloat16" if torch.device(device).type == "cuda" else "float32"))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Weights
 
 
 def find_tensors(folder):
-    """-> {name: (file, shape)} of every tensor in the folder, and a list of what is wrong with its files."""
+    """-> {name: (file, shape)} of every tensor in the folder, and a list of what is wrong with its
+    files."""
     wrong, where, files = [], {}, ["model.safetensors"]
     if (index := Path(folder) / "model.safetensors.index.json").is_file():
         weight_map = read_object(index).get("weight_map")
@@ -56,17 +59,18 @@ def find_tensors(folder):
         try:
             with safe_open(path, framework="pt") as f:
                 where.update({n: (path, tuple(f.get_slice(n).get_shape())) for n in f.keys()})
-        except Exception as error:                        # safetensors' own error type is not a public class
+        except Exception as error:               # safetensors' own error type is not a public class
             wrong.append(f"unreadable file {file} ({error})")
     return where, wrong
 
 
 def read_weights(folder, shapes, dtype_for, device, tied=()):
-    """-> {name: tensor} for `shapes` {name: shape}. Raises one ValueError that names all that is wrong.
+    """-> {name: tensor} for `shapes` {name: shape}. Raises one ValueError that names all that is
+    wrong.
 
-    dtype_for(name) -> dtype, or None for the stored one. tied: (name, other) where `name` may stand in the files, and
-    must then equal `other`. The files are mapped, not read: on the CPU and in the stored dtype the tensors *are* the
-    mapping, and otherwise one at a time is converted.
+    dtype_for(name) -> dtype, or None for the stored one. tied: (name, other) where `name` may stand
+    in the files, and must then equal `other`. The files are mapped, not read: on the CPU and in the
+    stored dtype the tensors *are* the mapping, and otherwise one at a time is converted.
     """
     where, wrong = find_tensors(folder)
     wrong += [f"missing tensor {n} {list(shapes[n])}" for n in shapes if n not in where]
@@ -76,12 +80,12 @@ def read_weights(folder, shapes, dtype_for, device, tied=()):
     if wrong:
         raise ValueError(f"{folder} does not hold this model, {len(wrong)} problem(s): " + "; ".join(wrong))
     state, kept = {}, {}
-    for name in shapes:                                   # reopened each time: closing drops the mapped pages
+    for name in shapes:                         # reopened each time: closing drops the mapped pages
         file = where[name][0]
         with safe_open(file, framework="pt") as f:
             stored = f.get_tensor(name)
             state[name] = stored.to(device=device, dtype=dtype_for(name))
-        if state[name] is stored:                         # not converted: one lasting mapping serves them all
+        if state[name] is stored:               # not converted: one lasting mapping serves them all
             kept[file] = kept.get(file) or safe_open(file, framework="pt")
             state[name] = kept[file].get_tensor(name)
         del stored
@@ -94,7 +98,8 @@ def read_weights(folder, shapes, dtype_for, device, tied=()):
 
 
 def write_folder(folder, config, state, shard_bytes):
-    """config.json and safetensors of at most shard_bytes each. Each file appears whole or not at all."""
+    """config.json and safetensors of at most shard_bytes each. Each file appears whole or not at
+    all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shards, size = [[]], 0
@@ -120,7 +125,7 @@ def write_folder(folder, config, state, shard_bytes):
         os.replace(folder / f"{file}.tmp", folder / file)
     stale = [f for f in folder.iterdir() if f.name not in (*names, *texts)
              and re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", f.name)]
-    for file in sorted(stale, key=lambda f: f.suffix != ".json"):    # an index goes before its shards
+    for file in sorted(stale, key=lambda f: f.suffix != ".json"):  # an index goes before its shards
         file.unlink()
 
 

@@ -1,6 +1,8 @@
-"""config.json of a Qwen3-VL (dense): read strictly, with every fault named by file and field, and written again.
+"""config.json of a Qwen3-VL (dense): read strictly, with every fault named by file and field, and
+written again.
 
-Field names are those of the file. Its letters, as everywhere: D model width, H heads, G key/value groups, P head dim.
+Field names are those of the file. Its letters, as everywhere: D model width, H heads, G key/value
+groups, P head dim.
 """
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -11,26 +13,24 @@ def read_object(path):
     """The JSON object in a file. Raises ValueError with the file's name."""
     try:
         value = json.loads(Path(path).read_text())
-    except (ValueError, RecursionError) as error:         # not JSON, not UTF-8, or nested beyond reason
+    except (ValueError, RecursionError) as error:     # not JSON, not UTF-8, or nested beyond reason
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")
     return value
 
 
-def is_count(value):
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2 ** 31
-
-
-KINDS = {                       # of a dataclass's fields: what a value must be, in code and in words
-    int: (is_count, "a positive whole number"),
-    float: (lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < float("inf"), "a positive number"),
-    list: (lambda v: isinstance(v, list) and all(n == 0 or is_count(n) for n in v), "a list of whole numbers"),
+KINDS = {                      # of a dataclass's fields: what a value must be, in code and in words
+    int: (lambda v: type(v) is int and 0 < v < 2 ** 31, "a positive whole number"),
+    float: (lambda v: type(v) in (int, float) and 0 < v < float("inf"), "a positive number"),
+    list: (lambda v: isinstance(v, list) and all(type(n) is int and 0 <= n < 2 ** 31 for n in v),
+           "a list of whole numbers"),
 }
 
 
 def fill(kind, values, where):
-    """A dataclass whose every field stands in the JSON object `values`. Raises ValueError naming file and field."""
+    """A dataclass whose every field stands in the JSON object `values`. Raises ValueError naming
+    file and field."""
     if not isinstance(values, dict):
         raise ValueError(f"{where} is missing or no object")
     for f in fields(kind):
@@ -38,7 +38,8 @@ def fill(kind, values, where):
         if f.name not in values:
             raise ValueError(f"{where}: {f.name} is missing")
         if not fits(values[f.name]):
-            raise ValueError(f"{where}: {f.name} is {str(values[f.name])[:40]!r}, but must be {words}")
+            raise ValueError(f"{where}: {f.name} is {str(values[f.name])[:40]!r}, but must be "
+                             f"{words}")
     return kind(**{f.name: values[f.name] for f in fields(kind)})
 
 
@@ -82,37 +83,48 @@ class Config:
     vision_end_token_id: int = 151653
     tie_word_embeddings: bool = False
     eos_token_id: list = field(default_factory=lambda: [151645, 151643])
-    hybrid: Optional[dict] = None            # {"mixer": word or FILE.py:CLASS, "layers": replaced layers (S)}
+    hybrid: Optional[dict] = None  # {"mixer": word or FILE.py:CLASS, "layers": replaced layers (S)}
 
     @classmethod
     def from_folder(cls, folder):
-        """Reads config.json, and the end of an answer from generation_config.json. Raises ValueError naming file and
-        field on what is missing, malformed or not implemented."""
+        """Reads config.json, and the end of an answer from generation_config.json. Raises
+        ValueError naming file and field on what is missing, malformed or not implemented."""
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
         raw = read_object(path)
         if raw.get("model_type") != "qwen3_vl":
-            raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}, but only the dense qwen3_vl is "
-                             "implemented")
-        text, vision = (raw[k] if isinstance(raw.get(k), dict) else {} for k in ("text_config", "vision_config"))
-        # The rope settings are spelled rope_scaling by released checkpoints, rope_parameters by transformers 5.
-        rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+            raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}, but only the dense "
+                             "qwen3_vl is implemented")
+        parts = (raw.get("text_config"), raw.get("vision_config"))
+        text, vision = (part if isinstance(part, dict) else {} for part in parts)
+        # The rope settings are spelled rope_scaling by released checkpoints, rope_parameters by
+        # transformers 5.
+        rope = {}
+        for key in ("rope_scaling", "rope_parameters"):
+            if not isinstance(text.get(key) or {}, dict):
+                raise ValueError(f"{path}: {key} is no object")
+            rope |= text.get(key) or {}
         text = {**text, **{k: rope[k] for k in ("rope_theta", "mrope_section") if k in rope}}
-        for part, key, ours in ((rope, "rope_type", "default"), (text, "hidden_act", "silu"),
-                                (text, "attention_bias", False), (vision, "hidden_act", "gelu_pytorch_tanh")):
-            if part.get(key, ours) not in (ours, "mrope"):
-                raise ValueError(f"{path}: {key} is {part[key]!r}, but only {ours!r} is implemented")
-        top = {k: raw[k] for k in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
-                                   "hybrid") if raw.get(k) is not None}
-        top["tie_word_embeddings"] = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False)) is True
-        eos = raw.get("eos_token_id", text.get("eos_token_id", cls().eos_token_id))
+        for part, key, ours in ((rope, "rope_type", ("default", "mrope")),
+                                (rope, "type", ("default", "mrope")),
+                                (text, "hidden_act", ("silu",)), (text, "attention_bias", (False,)),
+                                (vision, "hidden_act", ("gelu_pytorch_tanh",))):
+            if str(part.get(key, ours[0])) not in map(str, ours):
+                raise ValueError(f"{path}: {key} is {part[key]!r}, but only {ours[0]!r} is "
+                                 "implemented")
+        ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        top = {k: raw[k] for k in (*ids, "hybrid") if raw.get(k) is not None}
+        tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+        top["tie_word_embeddings"] = bool(tied)
+        places = [raw, text]
         if (generation := Path(folder) / "generation_config.json").is_file():
-            stored = read_object(generation).get("eos_token_id")
-            eos = eos if stored is None else stored
+            places.insert(0, read_object(generation))
+        eos = [p["eos_token_id"] for p in places if p.get("eos_token_id") is not None]
+        eos = eos[0] if eos else cls().eos_token_id
         top["eos_token_id"] = eos if isinstance(eos, list) else [eos]
-        config = cls(fill(TextConfig, text, f"{path}, text_config"), fill(VisionConfig, vision, f"{path}, vision_config"),
-                     **top)
+        config = cls(fill(TextConfig, text, f"{path}, text_config"),
+                     fill(VisionConfig, vision, f"{path}, vision_config"), **top)
         check_shapes(config, path)
         return config
 
@@ -132,25 +144,31 @@ class Config:
 
 
 def check_shapes(config, path):
-    """Refuses numbers that fit no model, before anything is built from them. config: a model.Config."""
+    """Refuses numbers that fit no model, before anything is built from them. config: a
+    model.Config."""
     t, v = config.text, config.vision
     side = round(v.num_position_embeddings ** 0.5)
+    blocks, ids = v.deepstack_visual_indexes, (config.image_token_id, config.video_token_id)
     rules = [
-        (t.num_attention_heads % t.num_key_value_heads == 0, "num_attention_heads is no multiple of num_key_value_heads"),
-        (len(t.mrope_section) == 3 and 2 * sum(t.mrope_section) == t.head_dim, "mrope_section does not sum to half of head_dim"),
-        (v.hidden_size % (4 * v.num_heads) == 0, "vision hidden_size is no multiple of four times num_heads"),
+        (t.num_attention_heads % t.num_key_value_heads == 0,
+         "num_attention_heads is no multiple of num_key_value_heads"),
+        (len(t.mrope_section) == 3 and 2 * sum(t.mrope_section) == t.head_dim,
+         "mrope_section does not sum to half of head_dim"),
+        (v.hidden_size % (4 * v.num_heads) == 0,
+         "vision hidden_size is no multiple of four times num_heads"),
         (side * side == v.num_position_embeddings, "num_position_embeddings is no square"),
-        (v.out_hidden_size == t.hidden_size, "out_hidden_size is not the text model's hidden_size"),
-        (all(i < v.depth for i in v.deepstack_visual_indexes), "deepstack_visual_indexes goes beyond depth"),
-        (len(set(v.deepstack_visual_indexes)) == len(v.deepstack_visual_indexes) <= t.num_hidden_layers,
+        (v.out_hidden_size == t.hidden_size, "out_hidden_size is not text_config's hidden_size"),
+        (all(i < v.depth for i in blocks), "deepstack_visual_indexes goes beyond depth"),
+        (len(set(blocks)) == len(blocks) <= t.num_hidden_layers,
          "deepstack_visual_indexes repeats a block or has more than the decoder has layers"),
-        (all(isinstance(i, int) for i in (config.image_token_id, config.video_token_id, *config.eos_token_id)),
-         "a token id is no whole number"),
+        (all(type(i) is int for i in (*ids, *config.eos_token_id)), "a token id is no whole number"),
     ]
     if config.hybrid is not None:
-        layers = config.hybrid.get("layers") if isinstance(config.hybrid, dict) else None
-        rules.append((layers and KINDS[list][0](layers) and max(layers) < t.num_hidden_layers
-                      and isinstance(config.hybrid.get("mixer"), str), "hybrid names no mixer, or layers that there are not"))
+        hybrid = config.hybrid if isinstance(config.hybrid, dict) else {}
+        layers = hybrid.get("layers")
+        fits = layers and KINDS[list][0](layers) and max(layers) < t.num_hidden_layers
+        rules.append((fits and isinstance(hybrid.get("mixer"), str),
+                      "hybrid names no mixer, or layers that there are not"))
     for fits, words in rules:
         if not fits:
             raise ValueError(f"{path}: {words}")

@@ -1,11 +1,14 @@
-"""Attention's keys and values while a model generates, and the step that is captured once and replayed.
+"""Attention's keys and values while a model generates, and the step that is captured once and
+replayed.
 
     KVCache           grows with the text: what prefill fills, and what decoding on a CPU goes on with
     FixedCache        has its full size from the start, so that a step moves no memory and asks nothing of the host
     Replayed          a step on fixed buffers, on CUDA captured as one graph: a step of a large model is a thousand small
                       kernels, and launching them one by one takes longer than running them
+    sample            the next tokens
 
-Nothing here knows the model: a step is a function, and a mixer's state any NamedTuple of tensors of constant shape.
+Nothing here knows the model: a step is a function, and a mixer's state any NamedTuple of tensors of
+constant shape.
 
 Letters: B batch, T new positions, S positions so far, G key/value groups, H heads, P head dim.
 """
@@ -25,7 +28,8 @@ class KVCache(NamedTuple):
 
 
 def append(state, k, v, mask):
-    """New keys and values (B,G,T,P) at the end of a KVCache or None; it grows by an eighth, so that decoding rarely copies."""
+    """New keys and values (B,G,T,P) at the end of a KVCache or None; it grows by an eighth, so that
+    decoding rarely copies."""
     new = k.shape[2]
     if state is None:
         return KVCache(k, v, mask, new)
@@ -45,13 +49,14 @@ def append(state, k, v, mask):
     return KVCache(*buffers, mask, total)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Fixed buffers: a row's keys stand at its front, without its padding, so lengths differ and no mask is needed
+# --------------------------------------------------------------------------------------------------
+# Fixed buffers: a row's keys stand at its front, without its padding, so lengths differ and no mask
+# is needed
 
 
 class Slots(NamedTuple):
     """Where each row stands; the layers share it, and `Replayed` counts it on after each step."""
-    next: torch.Tensor              # (B,) int64  of the buffers flattened over rows, where the next key goes
+    next: torch.Tensor     # (B,) int64  of the buffers flattened over rows, where the next key goes
     used: torch.Tensor              # (B,) int32  keys of the row, with that one
     starts: torch.Tensor            # (B + 1,) int32  where each row's buffer begins
     rows: torch.Tensor              # (B + 1,) int32  0, 1, ..., B: one query a row
@@ -64,18 +69,26 @@ class FixedCache(NamedTuple):
 
 
 def attend_fixed(cache, q, k, v):
-    """One query a row, q (B,H,1,P), after its key and value (B,G,1,P) have been stored -> (B,H,1,P)."""
+    """One query a row, q (B,H,1,P), after its key and value (B,G,1,P) have been stored ->
+    (B,H,1,P)."""
     slots, capacity = cache.slots, cache.k.shape[1]
-    keys, values = cache.k.flatten(0, 1), cache.v.flatten(0, 1)                         # views, (B * capacity, G, P)
+    keys, values = cache.k.flatten(0, 1), cache.v.flatten(0, 1)        # views, (B * capacity, G, P)
     keys.index_copy_(0, slots.next, k[:, :, 0])
     values.index_copy_(0, slots.next, v[:, :, 0])
-    if q.is_cuda and q.dtype.itemsize == 2:               # flash attention, which splits long rows among the GPU's units
-        return torch.ops.aten._flash_attention_forward(
-            q[:, :, 0], keys, values, slots.rows, slots.starts, 1, capacity, 0.0, False, False, seqused_k=slots.used)[0][:, :, None]
-    see = torch.arange(capacity, device=q.device) < slots.used[:, None]                 # (B, capacity)
+    if q.is_cuda and q.dtype.itemsize == 2:               # flash attention, which splits long rows
+        y = torch.ops.aten._flash_attention_forward(
+            q[:, :, 0], keys, values, slots.rows, slots.starts, 1, capacity, 0.0, False, False,
+            seqused_k=slots.used)[0]
+        return y[:, :, None]
+    see = torch.arange(capacity, device=q.device) < slots.used[:, None]              # (B, capacity)
     grouped = q.view(len(q), k.shape[1], -1, q.shape[3])  # the queries of a group share its keys
-    y = F.scaled_dot_product_attention(grouped, *(z.transpose(1, 2) for z in (cache.k, cache.v)), attn_mask=see[:, None, None])
+    k, v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)                             # (B, G, capacity, P)
+    y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=see[:, None, None])
     return y.reshape(q.shape)
+
+
+def longest(states):
+    return max((s.length for s in states if isinstance(s, KVCache)), default=0)
 
 
 def tensors(states):
@@ -84,19 +97,22 @@ def tensors(states):
 
 
 class Replayed:
-    """step(tokens (B,), states, position (B,)) -> (logits, states), on buffers that stay where they are.
+    """step(tokens (B,), states, position (B,)) -> (logits, states), on buffers that stay where they
+    are.
 
-    Called with tokens it returns the logits (B,V) after them, in a buffer that the next call overwrites. A mixer whose
-    state changes its shape, or that asks something of the host, cannot be captured: its steps then run as they come.
+    Called with tokens it returns the logits (B,V) after them, in a buffer that the next call
+    overwrites. A mixer whose state changes its shape, or that asks something of the host, cannot be
+    captured: its steps then run as they come.
     """
 
     def __init__(self, step, states, position, room, weights):
-        """states: a list, emptied layer by layer as it is copied; room: how many steps may follow; weights: what must not
-        have moved for the capture to be used again."""
+        """states: a list, emptied layer by layer as it is copied; room: how many steps may follow;
+        weights: what must not have moved for the capture to be used again."""
         B = len(position)
         self.step, self.weights, self.graph = step, weights, None
-        self.capacity = -(-(max((s.length for s in states if isinstance(s, KVCache)), default=0) + room) // 256) * 256
+        self.capacity = -(-(longest(states) + room) // 256) * 256       # whole blocks of 256
         self.position, self.tokens = position.clone(), torch.zeros_like(position)
+        self.left = self.capacity - longest(states)       # steps that there is room for
         whole = torch.arange(B + 1, device=position.device, dtype=torch.int32)
         self.slots = Slots(torch.zeros_like(position), whole[:B] + 1, whole * self.capacity, whole)
         self.states = []
@@ -114,10 +130,11 @@ class Replayed:
 
     def fits(self, states, position, room, weights):
         """Whether another prompt can be decoded in these buffers, by the captured step."""
-        return (self.weights == weights and len(position) == len(self.position) and self.logits is not None
-                and max((s.length for s in states if isinstance(s, KVCache)), default=0) + room <= self.capacity)
+        return (self.weights == weights and len(position) == len(self.position)
+                and self.logits is not None and longest(states) + room <= self.capacity)
 
     def load(self, states, position):
+        self.left = self.capacity - longest(states)
         for fixed, state in zip(self.states, states):
             self.fill(fixed, state)
             self.count(state)
@@ -130,8 +147,8 @@ class Replayed:
                 old.copy_(new)
             return
         for buffer, grown in ((fixed.k, state.k), (fixed.v, state.v)):
-            real = grown[:, :, :state.length].transpose(1, 2)                           # (B, S, G, P)
-            if state.mask is not None:                    # real keys to the front; they were rotated where they stood
+            real = grown[:, :, :state.length].transpose(1, 2)                         # (B, S, G, P)
+            if state.mask is not None:  # real keys to the front; they were rotated where they stood
                 order = (~state.mask).byte().argsort(dim=1, stable=True)[..., None, None]
                 real = real.gather(1, order.expand_as(real))
             buffer[:, :state.length] = real
@@ -140,13 +157,15 @@ class Replayed:
         if isinstance(state, KVCache):
             held = state.length if state.mask is None else state.mask.sum(1)
             self.slots.used.copy_(torch.as_tensor(held) + 1)
-            self.slots.next.copy_(self.slots.starts[:-1] + torch.as_tensor(held, device=self.slots.next.device))
+            held = torch.as_tensor(held, device=self.slots.next.device)
+            self.slots.next.copy_(self.slots.starts[:-1] + held)
 
     def capture(self):
-        """One step to learn the shapes, and on CUDA a second one as a graph; the buffers are as before."""
+        """One step to learn the shapes, and on CUDA a second one as a graph; the buffers are as
+        before."""
         kept = [t.clone() for t in tensors(self.states)]
         side = torch.cuda.Stream() if self.position.is_cuda else None
-        if side:                                          # a capture wants what it uses for the first time done before
+        if side:                       # a capture wants what it uses for the first time done before
             side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self.logits, fresh = self.step(self.tokens, self.states, self.position)
@@ -161,7 +180,7 @@ class Replayed:
                     self.advance()
             except RuntimeError as error:
                 self.graph = None
-                warnings.warn(f"a decoding step cannot be captured as a CUDA graph, and runs without: {error}")
+                warnings.warn(f"a decoding step cannot be captured, and runs as it comes: {error}")
         for old, new in zip(tensors(self.states), kept):
             old.copy_(new)
 
@@ -175,6 +194,9 @@ class Replayed:
 
     @torch.inference_mode()
     def __call__(self, tokens):
+        if self.left <= 0:
+            raise RuntimeError(f"there is no room for another step: all {self.capacity} are taken")
+        self.left -= 1
         self.tokens.copy_(tokens)
         if self.graph:
             self.graph.replay()
@@ -186,3 +208,21 @@ class Replayed:
                 counter += 1
             return logits
         return self.logits
+
+
+def sample(logits, temperature, top_p, top_k, generator=None):
+    """Next tokens (B,) from logits (B, V): the argmax at temperature 0, else the top-k, then top-p
+    nucleus."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        p = ordered.softmax(-1)
+        outside = p.cumsum(-1) - p >= top_p               # the first token over the bound stays in,
+        outside[:, 0] = False                             # and the likeliest at any bound
+        logits = logits.masked_fill(outside.gather(-1, index.argsort(-1)), float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]

@@ -1,25 +1,28 @@
-"""The fast forms of what mamba2.py, gdn.py and model.py show plainly. Nothing here is needed to follow the method.
+"""The fast forms of what mamba2.py, gdn.py and model.py show plainly. Nothing here is needed to
+follow the method.
 
     ssd_scan       mamba2.chunked_ssd        on a CPU a chunk at a time, with a backward pass written by hand;
     delta_scan     gdn.chunked_delta_rule    on a GPU a block of many chunks at once
     depthwise      the short convolution over whole sequences
     norm_rotate, swiglu, gate_heads, ...     chains of elementwise steps, on a GPU one kernel each
 
-Autograd would keep every Q x Q matrix of a scan. Both forms keep the inputs and a few states, and compute the rest anew in
-the backward pass. On a CPU a chunk stays in cache, which is what makes it fast. On a GPU a loop over chunks costs its
-launches, whatever a chunk holds: there a block of n chunks is one more batch dimension, and only the state between them is
-handed on. Products are then of the inputs' dtype, with sums in fp32.
+Autograd would keep every Q x Q matrix of a scan. Both forms keep the inputs and a few states, and
+compute the rest anew in the backward pass. On a CPU a chunk stays in cache, which is what makes it
+fast. On a GPU a loop over chunks costs its launches, whatever a chunk holds: there a block of n
+chunks is one more batch dimension, and only the state between them is handed on. Products are then
+of the inputs' dtype, with sums in fp32.
 
-On a GPU, `fused` functions are compiled by torch.compile (HEED_COMPILE=0 leaves them as they are), and where mamba-ssm,
-causal-conv1d or flash-linear-attention is installed their kernels are used (HEED_KERNELS=0 leaves them out).
+On a GPU, `fused` functions are compiled by torch.compile (HEED_COMPILE=0 leaves them as they are),
+and where mamba-ssm or causal-conv1d is installed their kernels are used (HEED_KERNELS=0 leaves them
+out).
 
-Letters: B batch, T positions, H heads, G key/value groups, P head dim, N state dim, Q chunk, n chunks in a block,
-bh = B * H, rows = bh * n; a dot stands for P or N.
+Letters: B batch, T positions, H heads, G key/value groups, P head dim, N state dim, Q chunk, n
+chunks in a block, bh = B * H, rows = bh * n; a dot stands for P or N.
 """
 import importlib
 import os
 import warnings
-from functools import wraps
+from functools import partial, wraps
 from typing import NamedTuple
 
 import torch
@@ -27,15 +30,22 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 
-def fused(f):
-    """On a GPU, f by torch.compile: its elementwise steps become one kernel. Elsewhere f itself. The first argument is a
-    tensor. Where nothing can be compiled (no C compiler, say), f stays as it is, with a warning."""
+def compiling(like):
+    return like.is_cuda and os.environ.get("HEED_COMPILE", "1") != "0"
+
+
+def fused(f=None, *, training=True):
+    """On a GPU, f by torch.compile: its elementwise steps become one kernel. Elsewhere f itself, and
+    with training=False wherever gradients are recorded. The first argument is a tensor. Where nothing
+    can be compiled (no C compiler, say), f stays as it is, with a warning."""
+    if f is None:
+        return partial(fused, training=training)
     compiled = None
 
     @wraps(f)
     def run(*args):
         nonlocal compiled
-        if not args[0].is_cuda or os.environ.get("HEED_COMPILE", "1") == "0":
+        if not compiling(args[0]) or torch.is_grad_enabled() and not training:
             return f(*args)
         if compiled is None:
             compiled = torch.compile(f, dynamic=True)
@@ -49,7 +59,8 @@ def fused(f):
 
 
 def outside_autocast(backward):
-    """Whoever calls backward() inside an autocast region would else have its products in another dtype."""
+    """Whoever calls backward() inside an autocast region would else have its products in another
+    dtype."""
     @wraps(backward)
     def run(ctx, *grads):
         with torch.autocast(grads[0].device.type, enabled=False):
@@ -59,17 +70,18 @@ def outside_autocast(backward):
 
 def to_heads(z, H, Q, dtype):
     """z (B,T,G,.) or (B,T,H,.) -> (rows,Q,.): groups are repeated to heads."""
-    z = z.transpose(1, 2)[:, :, None].to(dtype)                                       # (B, G, 1, T, .)
+    z = z.transpose(1, 2)[:, :, None].to(dtype)                                    # (B, G, 1, T, .)
     return z.expand(-1, -1, H // z.shape[1], -1, -1).reshape(-1, Q, z.shape[-1])
 
 
 def sum_groups(z, like):
-    """The gradient of `to_heads` for one chunk: z (bh,Q,.) summed over each group's heads, for like (B,T,G,.)."""
-    z = z.view(like.shape[0], like.shape[2], -1, *z.shape[1:])                        # (B, G, H/G, Q, .)
+    """The gradient of `to_heads` for one chunk: z (bh,Q,.) summed over each group's heads, for like
+    (B,T,G,.)."""
+    z = z.view(like.shape[0], like.shape[2], -1, *z.shape[1:])                   # (B, G, H/G, Q, .)
     return (z.sum(2) if z.shape[2] > 1 else z[:, :, 0]).transpose(1, 2)               # (B, Q, G, .)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # On a CPU: Mamba-2, a chunk at a time
 
 
@@ -79,7 +91,7 @@ class Chunk(NamedTuple):
     B: torch.Tensor          # (bh, Q, N)
     C: torch.Tensor          # (bh, Q, N)
     dt: torch.Tensor         # (bh, Q, 1)
-    L: torch.Tensor          # (bh, Q, Q)  decay from s to t: exp(sum of log a over s+1..t); 0 for s > t
+    L: torch.Tensor      # (bh, Q, Q)  decay from s to t: exp(sum of log a over s+1..t); 0 for s > t
     start: torch.Tensor      # (bh, Q, 1)  decay from before the chunk to t
     end: torch.Tensor        # (bh, Q, 1)  decay from t to the end of the chunk
     M: torch.Tensor          # (bh, Q, Q)  L * C B^T: what attention would call its weights
@@ -88,8 +100,8 @@ class Chunk(NamedTuple):
 def decays(log_a):
     """L, start and end of one chunk, from log_a (bh,Q,1)."""
     total = log_a.cumsum(1)                                                           # (bh, Q, 1)
-    # Differences first, then exp: exp(total_t) / exp(total_s) would be 0 / 0 under strong decay. Above the
-    # diagonal exp may overflow, but tril_ writes its zeros over whatever is there.
+    # Differences first, then exp: exp(total_t) / exp(total_s) would be 0 / 0 under strong decay.
+    # Above the diagonal exp may overflow, but tril_ writes its zeros over whatever is there.
     return (total - total.mT).exp_().tril_(), total.exp(), (total[:, -1:] - total).exp_()
 
 
@@ -106,12 +118,13 @@ def advance(c, state):
 
 
 class ChunkedSSD(torch.autograd.Function):
-    """x (B,T,G,P), dt and log_a = dt A (bh,T,1), B (B,T,G,N), C (B,T,H,N), D (bh,1,1), state (bh,P,N), Q.
+    """x (B,T,G,P), dt and log_a = dt A (bh,T,1), B (B,T,G,N), C (B,T,H,N), D (bh,1,1), state
+    (bh,P,N), Q.
 
-    Within a chunk, M (dt x) with M = L * C B^T is causal attention, decay in the place of softmax. The backward pass
-    keeps the inputs and the state before every fourth chunk.
+    Within a chunk, M (dt x) with M = L * C B^T is causal attention, decay in the place of softmax.
+    The backward pass keeps the inputs and the state before every fourth chunk.
     """
-    SPAN = 4                                                  # chunks from one kept state to the next
+    SPAN = 4                                                # chunks from one kept state to the next
 
     @staticmethod
     def forward(ctx, x, dt, log_a, B, C, D, state, Q):
@@ -145,16 +158,17 @@ class ChunkedSSD(torch.autograd.Function):
             for at, c, before in reversed(list(zip(ats, chunks, states))):
                 u, g = c.dt * c.x, to_heads(dy[:, at], C.shape[2], c.x.shape[1], dt.dtype)      # (bh, Q, P)
                 early, late = g * c.start, u * c.end
-                dG = torch.bmm(g, u.mT).mul_(c.L)                                     # (bh, Q, Q), G = C B^T
+                dG = torch.bmm(g, u.mT).mul_(c.L)                            # (bh, Q, Q), G = C B^T
                 dc = torch.bmm(early, before).baddbmm_(dG, c.B)                       # (bh, Q, N)
                 db = torch.bmm(late, dstate).baddbmm_(dG.mT, c.C)                     # (bh, Q, N)
                 du = torch.bmm(c.B, dstate.mT).mul_(c.end).baddbmm_(c.M.mT, g)        # (bh, Q, P)
                 ddt[:, at] = (c.x * du).sum(-1, keepdim=True)
-                # The log-decay summed up to t scales all that C_t reads and divides all that u_t writes: its
-                # gradient is C_t.dC_t - u_t.du_t. The whole chunk's also scales the state that it hands on.
+                # The log-decay summed up to t scales all that C_t reads and divides all that u_t
+                # writes: its gradient is C_t.dC_t - u_t.du_t. The whole chunk's also scales the
+                # state that it hands on.
                 dtotal = (c.C * dc).sum(-1, keepdim=True) - c.dt * ddt[:, at]         # (bh, Q, 1)
                 dtotal[:, -1] += (after * dstate).sum((1, 2))[:, None]
-                dlog_a[:, at] = dtotal.flip(1).cumsum(1).flip(1)                      # undoes the cumsum
+                dlog_a[:, at] = dtotal.flip(1).cumsum(1).flip(1)                 # undoes the cumsum
                 dD += (g * c.x).sum((1, 2), keepdim=True)
                 dx[:, at] = sum_groups(du.mul_(c.dt).addcmul_(D, g), x)
                 dB[:, at], dC[:, at] = sum_groups(db, B), sum_groups(dc, C)
@@ -163,7 +177,7 @@ class ChunkedSSD(torch.autograd.Function):
         return dx, ddt, dlog_a, dB, dC, dD, dstate, None
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # On a CPU: the delta rule, a chunk at a time
 
 
@@ -190,9 +204,9 @@ def make_delta_chunk(at, q, k, v, log_a, beta):
 class ChunkedDeltaRule(torch.autograd.Function):
     """q (B,T,H,N), k (B,T,G,N), v (B,T,G,P), log_a and beta (bh,T,1), state (bh,P,N), Q.
 
-    gdn.chunked_delta_rule says what is solved; once the errors p are known a chunk goes as in ChunkedSSD. The backward
-    pass keeps the inputs, p, and the state before each chunk. The system is solved, not inverted by a product of powers
-    of K: for like keys these grow to binomial size.
+    gdn.chunked_delta_rule says what is solved; once the errors p are known a chunk goes as in
+    ChunkedSSD. The backward pass keeps the inputs, p, and the state before each chunk. The system
+    is solved, not inverted by a product of powers of K: for like keys these grow to binomial size.
     """
 
     @staticmethod
@@ -223,134 +237,144 @@ class ChunkedDeltaRule(torch.autograd.Function):
         for i in reversed(range(len(states) - 1)):
             at = slice(i * ctx.Q, (i + 1) * ctx.Q)
             c, before, after, p = make_delta_chunk(at, q, k, v, log_a, beta), states[i], states[i + 1], errors[:, at]
-            u, g = c.beta * p, to_heads(dy[:, at], q.shape[2], p.shape[1], beta.dtype)          # (bh, Q, P)
-            du = torch.bmm(c.k, dstate.mT).mul_(c.end).baddbmm_(c.M.mT, g)            # of y and the state;
+            u, g = c.beta * p, to_heads(dy[:, at], q.shape[2], p.shape[1], beta.dtype)  # (bh, Q, P)
+            du = torch.bmm(c.k, dstate.mT).mul_(c.end).baddbmm_(c.M.mT, g)     # of y and the state;
             # what t stores also bears on the later errors, by the same system, transposed:
             w = torch.linalg.solve_triangular((c.K * c.beta).mT, du, upper=True, unitriangular=True)
-            e = c.beta * w                                                            # that of p, and so of v
+            e = c.beta * w                                                  # that of p, and so of v
             dM = torch.bmm(g, u.mT).mul_(c.L)                                         # of q k^T
             dK = torch.bmm(e, u.mT).mul_(c.L).tril_(-1)                               # of -k k^T
             early, late = g * c.start, e * c.start
-            # Keys are written to the state, and read it for the error: `read` is the gradient of -k in that.
+            # Keys are written to the state, and read it for the error: `read` is the gradient of -k
+            # in that.
             read = torch.bmm(late, before).baddbmm_(dK, c.k)                          # (bh, Q, N)
             write = torch.bmm(u, dstate).mul_(c.end).baddbmm_(dM.mT, c.q).baddbmm_(dK.mT, c.k, alpha=-1)
-            find = torch.bmm(early, before).baddbmm_(dM, c.k)                         # of q, (bh, Q, N)
-            # The log-decay summed up to t scales all that t reads and divides all that t writes. The whole
-            # chunk's also scales the state that it hands on.
+            find = torch.bmm(early, before).baddbmm_(dM, c.k)                     # of q, (bh, Q, N)
+            # The log-decay summed up to t scales all that t reads and divides all that t writes.
+            # The whole chunk's also scales the state that it hands on.
             dtotal = (c.q * find - c.k * (read + write)).sum(-1, keepdim=True)        # (bh, Q, 1)
             dtotal[:, -1] += (after * dstate).sum((1, 2))[:, None]
-            dlog_a[:, at] = dtotal.flip(1).cumsum(1).flip(1)                          # undoes the cumsum
+            dlog_a[:, at] = dtotal.flip(1).cumsum(1).flip(1)                     # undoes the cumsum
             dbeta[:, at] = (p * w).sum(-1, keepdim=True)
             dq[:, at], dk[:, at], dv[:, at] = sum_groups(find, q), sum_groups(write - read, k), sum_groups(e, v)
             dstate = (dstate * c.start[:, -1:]).baddbmm_(early.mT, c.q).baddbmm_(late.mT, c.k, alpha=-1)
         return dq, dk, dv, dlog_a, dbeta, dstate, None
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # On a GPU: blocks of n chunks, each a plain function that autograd differentiates
 
 
 @fused
 def decayed(z, total):
-    """z (rows,Q,Q) times the decay from s to t, and 0 for s > t; total (rows,Q,1), the log of it from before the chunk.
-    The mask comes before exp, which would overflow above the diagonal and make its gradient no number."""
+    """z (rows,Q,Q) times the decay from s to t, and 0 for s > t; total (rows,Q,1), the log of it
+    from before the chunk. The mask comes before exp, which would overflow above the diagonal and
+    make its gradient no number."""
     above = torch.ones(z.shape[1], z.shape[1], dtype=torch.bool, device=z.device).triu(1)
     return (z * (total - total.mT).masked_fill(above, float("-inf")).exp()).to(z.dtype)
 
 
 @fused
-def scaled(z, a):
-    """z (rows,Q,.) times a number for each position, a (rows,Q,1)."""
-    return (z * a).to(z.dtype)
+def scaled(x, C, dt, total):
+    """-> what each position adds, as this chunk reads it and as the chunk's end has it; what reads
+    the state before."""
+    u = x * dt                                                                        # (rows, Q, P)
+    return u.to(x.dtype), (u * (total[:, -1:] - total).exp()).to(x.dtype), (C * total.exp()).to(C.dtype)
 
 
 @fused
-def weighted_sum(w, states):
-    """w (bh,n,1), states (bh,n,.) -> (bh,.), in w's dtype, which is fp32."""
-    return (w * states).sum(1)
-
-
-@fused
-def add_skip(y, D, x):
-    """y + D x, both (B,H,T,P), D (H,)."""
-    return (y + D[:, None, None] * x).to(y.dtype)
+def finished(y, D, x, state, added, w):
+    """y + D x, both (B,H,T,P); and the state after all chunks (bh,P,N), from the one before them and
+    what each added (bh,n,P,N), by their decays w (bh,n+1), in fp32."""
+    w = w[..., None, None]
+    return (y + D[:, None, None] * x).to(y.dtype), w[:, 0] * state + (w[:, 1:] * added).sum(1)
 
 
 def between(total, n):
-    """W (bh,n+1,n+1): the decay of what chunk s added (s = 0: the state before them) to the state after chunk t."""
-    each = F.pad(total[:, -1].view(-1, n), (1, 0)).cumsum(1)[..., None]               # (bh, n + 1, 1)
-    return decayed(torch.ones_like(each).expand(-1, -1, n + 1), each)
+    """Decays among n chunks, from total (bh*n,Q,1): of what chunk s - 1 added (s = 0: the state
+    before all of them) to the state before chunk t (bh,n,n), and to the state after the last
+    (bh,n+1)."""
+    each = F.pad(total[:, -1].view(-1, n), (1, 0)).cumsum(1)                          # (bh, n + 1)
+    before = each[:, :n, None]
+    above = torch.ones(n, n, dtype=torch.bool, device=total.device).triu(1)
+    return (before - before.mT).masked_fill(above, float("-inf")).exp(), (each[:, -1:] - each).exp()
 
 
 def ssd_block(x, dt, B, C, state, A, D, Q):
-    """mamba2.chunked_ssd over n = T / Q chunks at once, the chunks as a batch dimension: -> y (B,T,H,P), the state."""
+    """mamba2.chunked_ssd over n = T / Q chunks at once, the chunks as a batch dimension: -> y
+    (B,T,H,P), the state."""
     (b, T, _, P), (H, N), n = x.shape, C.shape[2:], x.shape[1] // Q
     x, B, C = (to_heads(z, H, Q, z.dtype) for z in (x, B, C))                         # (rows, Q, .)
     total = (dt * A).mT.reshape(-1, Q, 1).cumsum(1)                                   # (rows, Q, 1)
-    dt = dt.mT.reshape(-1, Q, 1)
-    to_end = (total[:, -1:] - total).exp()
-    added = torch.bmm(scaled(x, dt * to_end).mT, B).view(b * H, n, -1)                # (bh, n, P * N)
-    # The state after each chunk is a decaying sum of what they added: one small product.
-    W, states = between(total, n), torch.cat([state.view(b * H, 1, -1).to(added.dtype), added], 1)
-    before = torch.bmm(W[:, :n].to(added.dtype), states).view(-1, P, N)               # (rows, P, N)
+    u, u_end, C_start = scaled(x, C, dt.mT.reshape(-1, Q, 1), total)
+    added = torch.bmm(u_end.mT, B).view(b * H, n, P, N)
+    # The state before each chunk is a decaying sum of what those before it added: one small
+    # product.
+    to_each, to_last = between(total, n)
+    earlier = torch.cat([state.flatten(0, 1)[:, None].to(added.dtype), added[:, :-1]], 1).flatten(2)
+    before = torch.bmm(to_each.to(added.dtype), earlier).view(-1, P, N)               # (rows, P, N)
     inside = decayed(torch.bmm(C, B.mT), total)                                       # (rows, Q, Q)
-    y = torch.baddbmm(torch.bmm(scaled(C, total.exp()), before.mT), inside, scaled(x, dt))
-    y = add_skip(y.view(b, H, T, P), D, x.view(b, H, T, P))
-    return y.transpose(1, 2), weighted_sum(W[:, n:].mT, states).view(b, H, P, N)
+    y = torch.baddbmm(torch.bmm(C_start, before.mT), inside, u)
+    y, x = (z.view(b, H, T, P) for z in (y, x))
+    y, state = finished(y, D, x, state.flatten(0, 1), added, to_last)
+    return y.transpose(1, 2), state.view(b, H, P, N)
 
 
 def delta_block(q, k, v, log_a, beta, state, Q):
     """gdn.chunked_delta_rule over n = T / Q chunks at once: -> y (B,T,H,P), the state (B,H,P,N).
 
-    The errors p = solve(v - start * (k S^T)) are linear in the state S. Solved for v and for start * k they need no S
-    yet, and the state after a chunk is S F + U: what is left to do chunk after chunk is that one product.
+    The errors p = solve(v - start * (k S^T)) are linear in the state S. Solved for v and for start
+    * k they need no S yet, and the state after a chunk is S F + U: what is left to do chunk after
+    chunk is that one product.
     """
     (b, T, H, N), P, n, low = q.shape, v.shape[3], q.shape[1] // Q, v.dtype
     q, k, v = (to_heads(z, H, Q, low) for z in (q, k, v))                             # (rows, Q, .)
     total = log_a.mT.reshape(-1, Q, 1).cumsum(1)                                      # (rows, Q, 1)
-    beta, whole = beta.mT.reshape(-1, Q, 1), total[:, -1:]
-    system = decayed(torch.bmm(k, k.mT), total) * beta.mT                             # (rows, Q, Q), fp32
-    right = torch.cat([v, scaled(k, total.exp())], 2).to(system.dtype)
-    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).to(low)
-    v, w = solved.split([P, N], 2)                                                    # p = v - w S^T
+    beta, start, whole = beta.mT.reshape(-1, Q, 1), total.exp(), total[:, -1:]
+    system = decayed(torch.bmm(k, k.mT), total) * beta.mT                       # (rows, Q, Q), fp32
+    right = torch.cat([v, k * start], 2).to(system.dtype)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    v, w = solved.split([P, N], 2)                                                   # p = v - w S^T
     stored = beta * (whole - total).exp()
-    U = torch.bmm(scaled(v, stored).mT, k).view(b, H, n, P, N).to(state.dtype)
-    F_ = torch.bmm(scaled(w, stored).mT, k).to(state.dtype)
-    F_ = (torch.diag_embed(whole.exp().expand(-1, 1, N)[:, 0]) - F_).view(b, H, n, N, N)
+    U = torch.bmm((stored * v).to(low).mT, k).to(state.dtype).view(b, H, n, P, N)
+    F_ = torch.diag_embed(whole.exp().expand(-1, 1, N)[:, 0]) - torch.bmm((stored * w).to(low).mT, k)
     states = [state]
-    for i in range(n):
-        states.append(states[-1] @ F_[:, :, i] + U[:, :, i])                          # (B, H, P, N)
+    for f, u in zip(F_.view(b, H, n, N, N).unbind(2), U.unbind(2)):
+        states.append(states[-1] @ f + u)                                             # (B, H, P, N)
     before = torch.stack(states[:-1], 2).view(-1, P, N).to(low)                       # (rows, P, N)
-    p = v - torch.bmm(w, before.mT)
+    p = v.to(low) - torch.bmm(w.to(low), before.mT)
     inside = decayed(torch.bmm(q, k.mT), total)
-    y = torch.baddbmm(torch.bmm(scaled(q, total.exp()), before.mT), inside, scaled(p, beta))
+    y = torch.baddbmm(torch.bmm((q * start).to(low), before.mT), inside, (beta * p).to(low))
     return y.view(b, H, T, P).transpose(1, 2), states[-1]
 
 
 def blocks(T, Q, n):
-    """Slices that cover T positions: n chunks of Q each, then fewer, then what is left and shorter than Q."""
+    """Slices that cover T positions: n chunks of Q each, then fewer, then what is left and shorter
+    than Q."""
     whole = T - T % Q
     borders = [*range(0, whole, n * Q), whole] + [T] * (T > whole)
     return [slice(a, b) for a, b in zip(borders, borders[1:])]
 
 
 class BlockScan(torch.autograd.Function):
-    """block(*sequences, state, *constants, Q) from block to block; sequences (B,T,...), constants the rest.
+    """block(*sequences, state, *constants, Q) from block to block; sequences (B,T,...), constants
+    the rest.
 
-    Keeps its inputs and the state before each block. The backward pass runs a block once more, with a graph, and
-    differentiates it: so there is one block's graph at a time.
+    Keeps its inputs and the state before each block. The backward pass runs a block once more, with
+    a graph, and differentiates it: so there is one block's graph at a time.
     """
 
     @staticmethod
     def forward(ctx, block, Q, n, sequences, *inputs):
         ctx.block, ctx.Q, ctx.sequences = block, Q, sequences
-        ctx.blocks, parts, states = blocks(inputs[0].shape[1], Q, n), [], [inputs[sequences]]
+        ctx.blocks, ys, states = blocks(inputs[0].shape[1], Q, n), [], [inputs[sequences]]
         for at in ctx.blocks:
-            y, state = run_block(ctx, at, inputs, states[-1])
-            parts.append(y)
+            pieces = [z[:, at] for z in inputs[:sequences]]
+            y, state = block(*pieces, states[-1], *inputs[sequences + 1:], min(Q, at.stop - at.start))
+            ys.append(y)
             states.append(state)
         ctx.save_for_backward(*inputs, *states[1:-1])
-        return torch.cat(parts, 1), states[-1]
+        return torch.cat(ys, 1), states[-1]
 
     @staticmethod
     @once_differentiable
@@ -376,24 +400,19 @@ class BlockScan(torch.autograd.Function):
         return None, None, None, None, *grads
 
 
-def run_block(ctx, at, inputs, state):
-    m = ctx.sequences
-    return ctx.block(*(z[:, at] for z in inputs[:m]), state, *inputs[m + 1:], min(ctx.Q, at.stop - at.start))
-
-
 def chunks_at_once(bh, Q):
     """n: as many as keep each kind of Q x Q matrices of a block within 32 MB in bf16."""
     return max(1, 2 ** 24 // (bh * Q * Q))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The scans
 
 
 def ssd_scan(x, dt, A, B, C, D, state, Q=None, n=None):
-    """mamba2.ssd for T > 1: arguments checked and masked, dt, A, D and state in fp32 at least. Q positions a chunk:
-    about P on a CPU, as work within chunks then costs as much as work between them. n chunks at once: 0 on a CPU, where
-    it means one, by hand."""
+    """mamba2.ssd for T > 1: arguments checked and masked, dt, A, D and state in fp32 at least. Q
+    positions a chunk: about P on a CPU, as work within chunks then costs as much as work between
+    them. n chunks at once: 0 on a CPU, where it means one, by hand."""
     (b, T, _, P), H = x.shape, C.shape[2]
     if kernels := kernel("mamba_ssm.ops.triton.ssd_combined", x):
         return mamba_ssm_scan(kernels, x, dt, A, B, C, D, state)
@@ -407,7 +426,8 @@ def ssd_scan(x, dt, A, B, C, D, state, Q=None, n=None):
 
 
 def delta_scan(q, k, v, log_a, beta, state, Q=None, n=None):
-    """gdn.delta_rule for T > 1: arguments checked and masked, log_a, beta and state in fp32 at least; Q and n as above."""
+    """gdn.delta_rule for T > 1: arguments checked and masked, log_a, beta and state in fp32 at
+    least; Q and n as above."""
     b, T, H = log_a.shape
     Q = Q or min(64, max(32, v.shape[3]))
     if v.is_cuda or n:
@@ -417,12 +437,13 @@ def delta_scan(q, k, v, log_a, beta, state, Q=None, n=None):
     return y, state.unflatten(0, (b, H))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The short convolution, and the MLP's gate
 
 
 def depthwise(u, weight):
-    """u (B,T+W-1,E), weight (E,W) -> (B,T,E). A 2-d convolution of height 1: faster than PyTorch's 1-d."""
+    """u (B,T+W-1,E), weight (E,W) -> (B,T,E). A 2-d convolution of height 1: faster than PyTorch's
+    1-d."""
     return F.conv2d(u.mT[:, :, None], weight[:, None, None], groups=len(weight))[:, :, 0].mT
 
 
@@ -433,7 +454,8 @@ def tap_gradients(dy, u, taps):
 
 
 class Depthwise(torch.autograd.Function):
-    """`depthwise` with a gradient that takes a fifth of the time of PyTorch's own on CPUs at T = 4,096."""
+    """`depthwise` with a gradient that takes a fifth of the time of PyTorch's own on CPUs at T =
+    4,096."""
 
     @staticmethod
     def forward(ctx, u, weight):
@@ -453,12 +475,12 @@ class Depthwise(torch.autograd.Function):
 
 def convolve(u, weight):
     """u (B,T+W-1,E), weight (E,W), the current position's tap last -> (B,T,E)."""
-    if fused := kernel("causal_conv1d", u):
-        return fused.causal_conv1d_fn(u.mT, weight).mT[:, weight.shape[1] - 1:]
+    if kernels := kernel("causal_conv1d", u):
+        return kernels.causal_conv1d_fn(u.mT, weight).mT[:, weight.shape[1] - 1:]
     return Depthwise.apply(u, weight)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Chains of elementwise steps
 
 
@@ -473,7 +495,8 @@ def silu_times_backward(d, gate, up):
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, keeping its two inputs: autograd would keep silu(gate) too, a tenth of a step's memory."""
+    """silu(gate) * up, keeping its two inputs: autograd would keep silu(gate) too, a tenth of a
+    step's memory."""
 
     @staticmethod
     def forward(ctx, gate, up):
@@ -486,13 +509,39 @@ class SwiGLU(torch.autograd.Function):
         return silu_times_backward(d, *ctx.saved_tensors)
 
 
-def rms_norm(x, weight, eps):
-    """x / sqrt(mean of squares + eps) in fp32, rounded to x's dtype, then times weight, as transformers has it. On a GPU
-    in half precision one kernel does all of it, and rounds once."""
-    if x.is_cuda and x.dtype.itemsize == 2:
-        with torch.autocast("cuda", enabled=False):
-            return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+def rotate_half(x):
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((-b, a), dim=-1)
+
+
+def norm_then_round(x, weight, eps):
+    """RMSNorm as transformers has it: in fp32, rounded to x's dtype, then times weight."""
     return F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype) * weight
+
+
+def norm_in_one(x, weight, eps):
+    """The same in one kernel, which rounds once; for a GPU in half precision."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+
+
+norm_one_position = fused(norm_then_round, training=False)       # a third of the time, for one row
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean of squares + eps) * weight over the last dimension."""
+    if not x.is_cuda or x.dtype.itemsize > 2:
+        return norm_then_round(x, weight, eps)
+    if x.shape[1] == 1 and compiling(x) and not torch.is_grad_enabled():    # a step of decoding
+        return norm_one_position(x, weight, eps)
+    return norm_in_one(x, weight, eps)
+
+
+def norm_scale(x, weight, eps, scale):
+    """RMSNorm over heads, times a constant, in x's dtype: autocast would let norms answer in fp32."""
+    if x.is_cuda and x.dtype.itemsize == 2:
+        return norm_in_one(x, weight * scale, eps)
+    return (F.rms_norm(x, x.shape[-1:], weight, eps) * scale).to(x.dtype)
 
 
 def rotate(x, cos, sin):
@@ -500,48 +549,48 @@ def rotate(x, cos, sin):
     return x * cos + rotate_half(x) * sin
 
 
-def rotate_half(x):
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((-b, a), dim=-1)
+norm_then_rotate = fused(lambda x, weight, cos, sin, eps: rotate(
+    norm_then_round(x, weight, eps), cos, sin), training=False)
 
 
-@fused
 def norm_rotate(x, weight, cos, sin, eps):
-    """rms_norm over heads, then the half-split rotary embedding: x (B,H,T,P), cos and sin (B,1,T,P)."""
-    return rotate(F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype) * weight, cos, sin)
-
-
-@fused
-def norm_scale(x, weight, eps, scale):
-    """rms_norm over heads, in x's dtype, times a constant: autocast would let norms answer in fp32."""
-    return (F.rms_norm(x, x.shape[-1:], weight, eps) * scale).to(x.dtype)
+    """RMSNorm over heads, then the rotary embedding: x (B,H,T,P), cos and sin (B,1,T,P). In training
+    on a GPU not compiled: the backward pass of a norm takes long to make."""
+    if x.is_cuda and torch.is_grad_enabled():
+        return rotate(rms_norm(x, weight, eps), cos, sin)
+    return norm_then_rotate(x, weight, cos, sin, eps)
 
 
 @fused
 def gate_heads(y, gate, weight, eps):
-    """silu(gate) * RMSNorm(y) * weight, normalised over each head: y (B,T,H,P), gate (B,T,HP), weight (HP,)."""
+    """silu(gate) * RMSNorm(y) * weight, normalised over each head: y (B,T,H,P), gate (B,T,HP),
+    weight (HP,)."""
     return (F.rms_norm(y, y.shape[-1:], eps=eps).flatten(2) * weight * F.silu(gate)).to(gate.dtype)
 
 
-@fused
+@fused(training=False)
 def step_size(raw, bias, A_log):
     """Mamba-2's dt (B,T,H) and A (H,), in fp32 at least."""
     wide = torch.promote_types(raw.dtype, torch.float32)
     return F.softplus(raw.to(wide) + bias.to(wide)), -torch.exp(A_log.to(wide))
 
 
-@fused
-def convolve_one(u, weight):
-    """The convolution's value at one position: u (B,W,E), weight (E,W) -> (B,1,E)."""
-    return (u * weight.mT).sum(1, keepdim=True)
+@fused(training=False)
+def convolve_one(u, memory, weight):
+    """The convolution at one position: u (B,1,E), memory (B,W-1,E), weight (E,W) -> (B,1,E), the
+    new memory."""
+    u = torch.cat([memory, u], dim=1)
+    return (u * weight.mT).sum(1, keepdim=True), u[:, 1:]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The optional kernels. What they are given is held, in tests, to functions of theirs that run on a CPU.
+# --------------------------------------------------------------------------------------------------
+# The optional kernels. What they are given is held, in tests, to functions of theirs that run on a
+# CPU.
 
 
 def kernel(module, like):
-    """A module of fused kernels where it can serve: CUDA tensors, package installed, HEED_KERNELS not 0."""
+    """A module of fused kernels where it can serve: CUDA tensors, package installed, HEED_KERNELS
+    not 0."""
     if not like.is_cuda or os.environ.get("HEED_KERNELS", "1") == "0":
         return None
     try:
@@ -550,41 +599,26 @@ def kernel(module, like):
         return None
 
 
-def mamba_ssm_scan(fused, x, dt, A, B, C, D, state):
-    """`ssd_scan` by mamba-ssm. dt comes masked and after softplus, so the kernel's dt_bias and dt_softplus stay off.
-    It wants as many groups of B as of C, so x and B are repeated, head by whole head."""
-    x, B = (z.repeat_interleave(C.shape[2] // z.shape[2], dim=2) for z in (x, B))       # (B, T, H, .)
-    y, state = fused.mamba_chunk_scan_combined(x, dt, A, B, C.contiguous(), chunk_size=256, D=D,
-                                               initial_states=state, return_final_states=True)
+def mamba_ssm_scan(kernels, x, dt, A, B, C, D, state):
+    """`ssd_scan` by mamba-ssm. dt comes masked and after softplus, so the kernel's dt_bias and
+    dt_softplus stay off. It wants as many groups of B as of C, so x and B are repeated, head by
+    whole head."""
+    x, B = (z.repeat_interleave(C.shape[2] // z.shape[2], dim=2) for z in (x, B))     # (B, T, H, .)
+    y, state = kernels.mamba_chunk_scan_combined(x, dt, A, B, C.contiguous(), chunk_size=256, D=D,
+                                                 initial_states=state, return_final_states=True)
     return y.to(x.dtype), state.to(dt.dtype)
 
 
 def mamba_ssm_step(x, dt, A, B, C, D, state):
-    """mamba2.step by mamba-ssm, or None where it cannot serve. The kernel writes the state in place and has no backward
-    pass. dt and A are expanded, with strides of 0, by which it knows that they are one number for a head; it then asks
-    for a dt_bias of the same kind."""
-    fused = None if torch.is_grad_enabled() else kernel("mamba_ssm.ops.triton.selective_state_update", x)
-    if not fused:
+    """mamba2.step by mamba-ssm, or None where it cannot serve. The kernel writes the state in place
+    and has no backward pass. dt and A are expanded, with strides of 0, by which it knows that they
+    are one number for a head; it then asks for a dt_bias of the same kind."""
+    kernels = None if torch.is_grad_enabled() else kernel("mamba_ssm.ops.triton.selective_state_update", x)
+    if not kernels:
         return None
     x, B = (z.repeat_interleave(C.shape[1] // z.shape[1], dim=1) for z in (x, B))       # (B, H, .)
+    (x, B, C), y_dtype = (z.to(state.dtype) for z in (x, B, C)), x.dtype
     P, N, state = x.shape[-1], B.shape[-1], state.clone()
     bias = torch.zeros_like(A)[:, None].expand(-1, P)
     dt, A, D = dt[..., None].expand(-1, -1, P), A[:, None, None].expand(-1, P, N), D[:, None].expand(-1, P)
-    return fused.selective_state_update(state, x, dt, A, B, C, D=D, dt_bias=bias), state
-
-
-def fla_rule(q, k, v, log_a, beta, state):
-    """`delta_scan`, or gdn.step where T is 1, by flash-linear-attention; None where it cannot serve.
-
-    q comes scaled, beta and log_a masked. The kernels want as many heads of k as of q, so k and v are repeated, head by
-    whole head, and hold the state as (B,H,N,P); the one-step kernel has no backward pass, so it serves decoding only.
-    """
-    fused = kernel("fla.ops.gated_delta_rule", v)
-    if not fused:
-        return None
-    k, v = (z.repeat_interleave(q.shape[2] // z.shape[2], dim=2) for z in (k, v))       # (B, T, H, .)
-    decode = q.shape[1] == 1 and not torch.is_grad_enabled()
-    run = fused.fused_recurrent_gated_delta_rule if decode else fused.chunk_gated_delta_rule
-    y, state = run(q=q.to(v.dtype), k=k.to(v.dtype), v=v, g=log_a, beta=beta, scale=1.0,
-                   initial_state=state.mT.contiguous(), output_final_state=True)
-    return y.to(v.dtype), state.mT.to(log_a.dtype)
+    return kernels.selective_state_update(state, x, dt, A, B, C, D=D, dt_bias=bias).to(y_dtype), state

@@ -1,12 +1,17 @@
 """density.py against loops in plain numpy, written from the paper's lines."""
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from density import (WEIGHTS, CacheError, DensityCache, density_weights, dequantise, draw_map, fingerprint,
-                     image_densities, image_sha, patch_density, quantisation_error, quantise, score_weights,
-                     write_cache)
+from density import WEIGHTS, Weighting, image_densities, patch_density, quantisation_error, sample_density, to_positions
+from parts.cache import Cache, CacheError, dequantise, fingerprint, image_sha, quantise, write_cache
+from parts.picture import draw_map
 
 RNG = np.random.default_rng(0)
 
@@ -30,6 +35,19 @@ def loop_rho(raster, with_self=True):
                         cosines.append(p @ q / np.linalg.norm(p) / np.linalg.norm(q))
             rho[y, x] = 1 - np.mean(cosines)
     return rho
+
+
+class Tower:
+    """A vision tower that sees the same features in every picture."""
+
+    def __init__(self, features):
+        self.features = features
+
+    def parameters(self):
+        return iter([self.features])
+
+    def __call__(self, pixels, grids):
+        return SimpleNamespace(patches=self.features)
 
 
 def loop_tokens(rho, merge):
@@ -80,6 +98,15 @@ def batch():
 
 
 NAMES = ["a", "b", "c", "d", "e"]
+
+
+def weigh(kind, rho, visual, mask, names=None, **options):
+    """w of a kind, from one rho per visual token."""
+    return WEIGHTS[kind](to_positions(rho, visual), visual, mask, names, Weighting(**options))
+
+
+def density_weights(rho, visual, mask, **options):
+    return weigh("density", rho, visual, mask, **options)
 
 
 # --- Eq. 2 -------------------------------------------------------------------------------------------------
@@ -137,6 +164,38 @@ def test_patches_that_do_not_fill_the_grid_are_refused(shape, h, w, merge):
         image_densities(torch.ones(20, 8), torch.tensor([[1, 4, 4]]), 2)
 
 
+def test_a_patch_of_zeros_is_as_dense_as_one_that_equals_its_neighbours():
+    """Eq. 2 has no cosine for it. Every other patch is as the loop has it, with cosine 0 to a patch of zeros."""
+    raster = picture(6, 8)
+    raster[1, 2], raster[5, 7], raster[4, 7] = 0, 0, 1e-30
+    stand_in = np.concatenate([raster, np.zeros((6, 8, 1))], -1)            # a direction that nothing shares
+    for y, x in ((1, 2), (5, 7), (4, 7)):
+        stand_in[y, x] = np.eye(17)[16]
+    expected = loop_rho(stand_in)
+    # Of (4, 7) and (5, 7) the stand-ins would be alike; to the patches around them it makes no difference.
+    for y, x in ((1, 2), (5, 7), (4, 7)):
+        expected[y, x] = 0
+    ours = patch_density(torch.tensor(loop_merge_order(raster, 1), dtype=torch.float32), 6, 8, 1)
+    np.testing.assert_allclose(ours.view(6, 8), expected, atol=2e-6)
+    blank = image_densities(torch.zeros(16, 8), torch.tensor([[1, 4, 4]]), 2)
+    assert torch.equal(blank, torch.zeros(4))
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_features_that_are_not_finite_are_refused_by_name(wrong, tmp_path):
+    grids = torch.tensor([[1, 4, 4], [1, 2, 2]])
+    features = torch.tensor(RNG.normal(size=(20, 8)))
+    assert torch.isfinite(image_densities(features, grids, 2)).all()
+    features[17, 3] = wrong
+    with pytest.raises(ValueError, match="features are not finite"):
+        image_densities(features, grids, 2)
+    config = SimpleNamespace(vision=SimpleNamespace(spatial_merge_size=2), image_token_id=1)
+    encoded = SimpleNamespace(pixels=features, grids=grids)
+    with pytest.raises(ValueError, match="page 7: .*not finite"):
+        sample_density(SimpleNamespace(visual=Tower(features), config=config),
+                       SimpleNamespace(encode=lambda sample: encoded), SimpleNamespace(id="page 7", where=""))
+
+
 # --- Algorithm 1 and the controls --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options", [{}, {"minmax": "visual"}, {"tau": 0.1}, {"beta": 0.5},
@@ -149,10 +208,11 @@ def test_density_weights_are_algorithm_1_sample_by_sample(options):
         np.testing.assert_allclose(ours[b][mask[b]], expected, rtol=2e-5)
 
 
-def test_a_mean_given_from_outside_replaces_that_of_the_values():
+def test_text_reads_the_mean_that_stands_at_its_positions():
+    """A cache gives the one from before it rounded the values."""
     rho, visual, mask, rows = batch()
     doubled = torch.tensor([2 * r.mean() if len(r) else 0.0 for r in rows])
-    given = density_weights(rho, visual, mask, means=doubled)
+    given = WEIGHTS["density"](torch.where(visual, to_positions(rho, visual), doubled[:, None]), visual, mask)
     torch.testing.assert_close(given, density_weights(rho, visual, mask, beta=4.0))
     assert not torch.allclose(given, density_weights(rho, visual, mask))
 
@@ -160,7 +220,7 @@ def test_a_mean_given_from_outside_replaces_that_of_the_values():
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_every_kind_of_weight_sums_to_the_real_positions_and_is_zero_on_padding(kind):
     rho, visual, mask, _ = batch()
-    w = WEIGHTS[kind](rho, visual, mask, NAMES)
+    w = weigh(kind, rho, visual, mask, NAMES)
     assert w.dtype == torch.float32 and w.shape == mask.shape
     assert (w[~mask] == 0).all() and (w[mask] > 0).all()
     torch.testing.assert_close(w.sum(1), mask.sum(1).float())
@@ -172,8 +232,8 @@ def test_kinds_without_a_density_need_no_rho_and_a_batch_of_text_needs_none_eith
     rho, visual, mask, _ = batch()
     assert torch.equal(WEIGHTS["uniform"](None, visual, mask, NAMES), mask.float())
     garbage = torch.full_like(rho, 7.0)
-    assert torch.equal(WEIGHTS[kind](garbage, visual, mask, NAMES), WEIGHTS[kind](None, visual, mask, NAMES))
-    assert torch.equal(WEIGHTS["density"](None, torch.zeros_like(visual), mask, NAMES), mask.float())
+    assert torch.equal(weigh(kind, garbage, visual, mask, NAMES), WEIGHTS[kind](None, visual, mask, NAMES))
+    assert torch.equal(weigh("density", None, torch.zeros_like(visual), mask, NAMES), mask.float())
 
 
 def test_degenerate_densities_give_finite_weights():
@@ -198,7 +258,8 @@ def test_degenerate_densities_give_finite_weights():
 
 def test_modality_boost_is_algorithm_1_on_the_mean_density():
     rho, visual, mask, rows = batch()
-    ours = WEIGHTS["modality"](rho, visual, mask)
+    ours = weigh("modality", rho, visual, mask)
+    assert torch.equal(ours, weigh("modality", rho, visual, mask, minmax="visual"))      # or it would be uniform
     for b in (0, 1, 3):
         even = np.full(len(rows[b]), rows[b].mean(), dtype=float)
         expected = loop_weights(even, visual[b][mask[b]].tolist())
@@ -208,7 +269,7 @@ def test_modality_boost_is_algorithm_1_on_the_mean_density():
 @pytest.mark.parametrize("k", [0, 10, 25, 50, 100])
 def test_top_k_and_random_take_the_same_number_and_top_k_the_densest(k):
     rho, visual, mask, rows = batch()
-    top, drawn = (WEIGHTS[kind](rho, visual, mask, NAMES, k=k) for kind in ("topk", "random"))
+    top, drawn = (weigh(kind, rho, visual, mask, NAMES, k=k) for kind in ("topk", "random"))
     for b in (0, 1, 3):
         count = round(len(rows[b]) * k / 100)
         dense = np.zeros(mask.shape[1], bool)
@@ -229,7 +290,7 @@ def test_random_masks_depend_on_seed_and_name_and_on_nothing_else():
     padded = (torch.nn.functional.pad(m[:1], (3, 5)) for m in (visual, mask))
     alone = WEIGHTS["random"](None, *padded, ["left"])
     assert torch.equal(alone[0, 3:-5], w[0])
-    assert not torch.equal(WEIGHTS["random"](None, visual, mask, ["left", "right"], seed=1)[0], w[0])
+    assert not torch.equal(WEIGHTS["random"](None, visual, mask, ["left", "right"], Weighting(seed=1))[0], w[0])
     spread = [WEIGHTS["random"](None, visual, mask, [f"{i}", "x"])[0] > 2 for i in range(400)]
     assert (torch.stack(spread).float().mean(0)[4:36] - 0.25).abs().max() < 0.1         # 4.6 standard errors
     with pytest.raises(ValueError, match="drawn by sample name: 2 rows"):
@@ -239,7 +300,7 @@ def test_random_masks_depend_on_seed_and_name_and_on_nothing_else():
 def test_shuffled_weights_are_those_of_algorithm_1_in_other_places():
     """Each row by the slow loop on its own densities, sorted; text in place; nothing from a neighbour's row."""
     rho, visual, mask, rows = batch()
-    w = WEIGHTS["shuffled"](rho, visual, mask, NAMES)
+    w = weigh("shuffled", rho, visual, mask, NAMES)
     for b in (0, 1, 3):
         seen = visual[b][mask[b]]
         expected = torch.tensor(np.asarray(loop_weights(rows[b], seen.tolist())), dtype=torch.float32)
@@ -247,26 +308,30 @@ def test_shuffled_weights_are_those_of_algorithm_1_in_other_places():
         torch.testing.assert_close(got[~seen], expected[~seen])
         torch.testing.assert_close(got[seen].sort().values, expected[seen].sort().values)
         assert len(rows[b]) < 5 or not torch.allclose(got, expected)
-    assert torch.equal(w, WEIGHTS["shuffled"](rho, visual, mask, NAMES))
-    assert not torch.equal(w, WEIGHTS["shuffled"](rho, visual, mask, NAMES, seed=1))
+    assert torch.equal(w, weigh("shuffled", rho, visual, mask, NAMES))
+    assert not torch.equal(w, weigh("shuffled", rho, visual, mask, NAMES, seed=1))
 
 
 def test_gradient_scores_become_weights_in_proportion():
     rho, visual, mask, rows = batch()
     scores = torch.rand(mask.shape).masked_fill(~mask, float("nan"))        # padding may hold anything
-    w = score_weights(scores, mask)
+    w = WEIGHTS["fisher"](scores, visual, mask)
     for b in range(4):
         s = scores[b][mask[b]]
         torch.testing.assert_close(w[b][mask[b]], s / s.mean())
-    assert torch.equal(WEIGHTS["fisher"](scores[mask], visual, mask), w)    # one score per real position
-    w = WEIGHTS["fisher"](rho, visual, mask)                # one per visual position: text beta * mean
+    layers = torch.stack([scores, scores.square()])                         # +LD: each layer for itself
+    assert torch.equal(WEIGHTS["fisher"](layers, visual, mask),
+                       torch.stack([w, WEIGHTS["fisher"](scores.square(), visual, mask)]))
+    dense = to_positions(rho, visual)                       # one per visual position: text beta * mean
+    w = WEIGHTS["fisher"](torch.where(visual, dense, 2 * dense), visual, mask)
     raw = np.where(visual[0], 0, 2 * rows[0].mean())
     raw[visual[0].numpy()] = rows[0]
     np.testing.assert_allclose(w[0][mask[0]], (raw / raw[mask[0]].mean())[mask[0]], rtol=1e-5)
-    assert torch.equal(score_weights(torch.zeros(1, 3), torch.ones(1, 3).bool()), torch.ones(1, 3))
+    full = torch.ones(1, 3).bool()
+    assert torch.equal(WEIGHTS["fisher"](torch.zeros(1, 3), full, full), torch.ones(1, 3))
     for bad in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="finite and non-negative"):
-            score_weights(torch.tensor([[1.0, bad]]), torch.ones(1, 2).bool())
+            WEIGHTS["fisher"](torch.tensor([[1.0, bad]]), full[:, :2], full[:, :2])
 
 
 # --- the cache ---------------------------------------------------------------------------------------------
@@ -293,26 +358,27 @@ def cache(tmp_path):
 def test_a_cache_gives_back_what_was_written_to_half_a_step_and_its_extremes_and_mean_exactly(tmp_path):
     records = corpus()
     write_cache(tmp_path / "c", iter(records), PRINT)
-    opened = DensityCache(tmp_path / "c", PRINT)
+    opened = Cache(tmp_path / "c", PRINT)
     assert (opened.n_records, opened.n_values) == (5, 76)
     for sample_id, sha, grids, values in records:
         back, mean = opened.record(sample_id, bytes.fromhex(sha), grids and torch.tensor(grids))
-        assert torch.equal(back, opened.get(sample_id, sha, grids)) and back.shape == values.shape
+        assert torch.equal(back, opened.record(sample_id, sha, grids)[0]) and back.shape == values.shape
         assert (back - values).abs().max() <= (values.max() - values.min()) / 30 + 1e-7
         assert back.min() == values.min() and back.max() == values.max()
         assert mean == pytest.approx(values.mean().item(), rel=1e-6)
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
-    assert all(place[0] % 64 == 0 for place in opened.index.values())
+    again = pickle.loads(pickle.dumps(opened))              # as a data worker gets it
+    assert torch.equal(again.record(*records[1][:3])[0], opened.record(*records[1][:3])[0])
 
 
 def test_four_bits_move_w_by_no_more_than_the_closed_form_bound():
     for n, text, tau in [(5, 0, 0.5), (64, 10, 0.5), (1000, 80, 0.5), (1000, 300, 0.2)]:
         visual = torch.arange(n + text)[None] < n
         rho = torch.tensor(RNG.beta(1.5, 5, n), dtype=torch.float32)
-        error = quantisation_error(rho, visual, torch.ones_like(visual), tau=tau)
-        levels, low, high = quantise(rho)
-        w, w4 = (density_weights(r, visual, torch.ones_like(visual), tau=tau, means=rho.mean()[None])
-                 for r in (rho, dequantise(levels, low, high)))
+        error = quantisation_error(rho, visual, torch.ones_like(visual), Weighting(tau=tau))
+        exact = to_positions(rho, visual)
+        coarse = torch.where(visual, to_positions(dequantise(*quantise(rho)), visual), exact)
+        w, w4 = (WEIGHTS["density"](r, visual, torch.ones_like(visual), s=Weighting(tau=tau)) for r in (exact, coarse))
         assert error == pytest.approx((w4 / w - 1).abs().max().item())
         assert 0 < error <= np.exp(1 / 15 / tau) - 1
         if text:                                            # text is exact, so it undoes the rescaling
@@ -324,12 +390,12 @@ def test_fisher_values_of_a_heavy_tail_keep_their_ratios(tmp_path):
     values = torch.tensor(RNG.lognormal(0, 1.5, 500), dtype=torch.float32)
     values[3] = 0
     write_cache(tmp_path / "c", [("x", b"1" * 32, None, values)], PRINT, kind="fisher")
-    back = DensityCache(tmp_path / "c", PRINT, kind="fisher").get("x", b"1" * 32, None)
+    back = Cache(tmp_path / "c", PRINT, kind="fisher").record("x", b"1" * 32, None)[0]
     floored = values.clamp(min=1e-4 * values.max().item())
     half_step = (floored.max() / floored.min()).log().item() / 30
     assert (back / floored).log().abs().max() <= half_step + 1e-5
-    with pytest.raises(CacheError, match="holds fisher values, version 1; wanted density"):
-        DensityCache(tmp_path / "c", PRINT)
+    with pytest.raises(CacheError, match="holds fisher values, version 2; wanted density"):
+        Cache(tmp_path / "c", PRINT)
     with pytest.raises(CacheError, match="sample 'x': 2 values, not all usable as fisher"):
         write_cache(tmp_path / "d", [("x", b"", None, [1.0, -1.0])], PRINT, kind="fisher")
 
@@ -342,8 +408,8 @@ def test_a_cache_of_another_model_preprocessing_image_or_grid_is_refused_by_name
     assert len({fingerprint({"w": torch.ones(2)}, {}), fingerprint({"w": torch.zeros(2)}, {}), PRINT,
                 fingerprint({"v": torch.ones(2)}, {}), fingerprint({"w": torch.ones(2, 1)}, {})}) == 5
     with pytest.raises(CacheError, match="c was made with another model or preprocessing"):
-        DensityCache(cache, same)
-    opened, (_, sha, grids, _) = DensityCache(cache, PRINT), corpus()[0]
+        Cache(cache, same)
+    opened, (_, sha, grids, _) = Cache(cache, PRINT), corpus()[0]
     other = image_sha([Image.new("L", (2, 2), 99)])
     for name, image, grid, message in [
             ("s9", sha, grids, "c, sample 's9': not in the cache"),
@@ -351,7 +417,7 @@ def test_a_cache_of_another_model_preprocessing_image_or_grid_is_refused_by_name
             ("s0", sha, [[1, 6, 4]], r"made at grids \[\(1, 4, 6\)\], this run has \[\(1, 6, 4\)\]"),
             ("s0", sha, [[1, 4, 6]] * 2, "made at grids"), ("s0", sha, None, r"this run has \[\]")]:
         with pytest.raises(CacheError, match=message):
-            opened.get(name, image, grid)
+            opened.record(name, image, grid)
 
 
 def test_any_flipped_bit_anywhere_in_the_file_is_refused(cache):
@@ -361,9 +427,9 @@ def test_any_flipped_bit_anywhere_in_the_file_is_refused(cache):
         damaged[place] ^= 1 << int(RNG.integers(8))
         cache.write_bytes(damaged)
         with pytest.raises(CacheError, match="is not a density cache|damaged"):
-            opened = DensityCache(cache, PRINT)
+            opened = Cache(cache, PRINT)
             for sample_id, sha, grids, _ in records:
-                opened.get(sample_id, sha, grids)
+                opened.record(sample_id, sha, grids)
 
 
 def test_a_truncated_or_grown_file_is_refused(cache):
@@ -371,10 +437,34 @@ def test_a_truncated_or_grown_file_is_refused(cache):
     for end in (0, 1, 100, 128, 200, len(good) - 64, len(good) - 1):
         cache.write_bytes(good[:end])
         with pytest.raises(CacheError, match="c is truncated"):
-            DensityCache(cache, PRINT)
+            Cache(cache, PRINT)
     cache.write_bytes(good + b"\0")
     with pytest.raises(CacheError, match="c is truncated or grown"):
-        DensityCache(cache, PRINT)
+        Cache(cache, PRINT)
+
+
+@pytest.mark.parametrize("kind, command", [
+    ("density", "python density.py --cache"), ("fisher", "python distill.py --cond c5 --write-cache")])
+def test_a_file_of_the_old_format_is_refused_with_the_command_that_writes_a_new_one(tmp_path, kind, command):
+    (tmp_path / "c").write_bytes(b"HEEDrho4" + bytes(500))
+    with pytest.raises(CacheError, match=f"c has the format of an earlier version.*`{command}"):
+        Cache(tmp_path / "c", PRINT, kind)
+    save_file({"weight": torch.ones(2)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CacheError, match=f"model.safetensors is not a {kind} cache"):
+        Cache(tmp_path / "model.safetensors", PRINT, kind)
+    with pytest.raises(OSError, match="nowhere"):
+        write_cache(tmp_path / "nowhere" / "c", corpus(), PRINT)
+
+
+def test_a_lookup_reads_its_record_and_not_the_file(tmp_path):
+    """By the kernel's count of the file's pages that came into memory."""
+    write_cache(tmp_path / "c", ((str(i), b"", None, torch.rand(2_000_000)) for i in range(24)), PRINT)
+    opened = Cache(tmp_path / "c", PRINT)
+    values = opened.record("7", b"", None)[0]
+    assert (tmp_path / "c").stat().st_size > 24e6 and len(values) == 2_000_000
+    mapped = next(line for line in Path("/proc/self/smaps").read_text().split(str(tmp_path / "c"))[1].splitlines()
+                  if line.startswith("Rss"))
+    assert int(mapped.split()[1]) < 6000                    # kB of the file that came into memory
 
 
 @pytest.mark.parametrize("bad, message", [
@@ -395,10 +485,10 @@ def test_a_write_that_fails_half_way_leaves_the_old_cache_untouched(cache, bad, 
 
 
 def test_a_cache_costs_less_per_visual_token_than_the_paper_says(tmp_path):
-    sizes = [(1, 64, 64), (1, 100, 100), (1, 80, 50)]                 # 1,024, 2,500 and 1,000 visual tokens
+    sizes = 4 * [(1, 64, 64), (1, 100, 100), (1, 80, 50)]             # 1,024, 2,500 and 1,000 visual tokens
     records = [(str(i), b"", [g], torch.rand(g[1] * g[2] // 4)) for i, g in enumerate(sizes)]
     write_cache(tmp_path / "c", records, PRINT)
-    assert 0.5 < DensityCache(tmp_path / "c", PRINT).bytes_per_value() < 0.65
+    assert 0.5 < Cache(tmp_path / "c", PRINT).bytes_per_value() < 0.65
 
 
 def test_image_sha_tells_order_borders_and_bytes_apart(tmp_path):

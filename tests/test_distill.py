@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_leaves
 
 import density
 import distill
+import fisher
 import loop
-from data import Processor, Sample, collate
+from data import BadSample, Fetch, Micro, Processor, Sample, collate
 from model import Config, Qwen3VL, TextConfig, VisionConfig
 from synthdoc import World
 
@@ -138,20 +139,15 @@ class Streams:
         return args
 
 
-def weights_by_loops(model, batch, tau=0.5, beta=2.0):
-    """Algorithm 1 in numpy: w (B, T), from a hook on the last ViT block."""
+def densities_by_loops(model, batch):
+    """Eq. 2 in numpy: of each row its visual positions and their rho, from a hook on the last ViT block."""
     kept = []
     handle = model.visual.blocks[-1].register_forward_hook(lambda m, a, y: kept.append(y.detach().numpy()))
     model.visual(batch.pixels, batch.grids)
     handle.remove()
-    features, grids, w = kept[0], iter(batch.grids.tolist()), np.zeros(batch.ids.shape)
-    for b, row in enumerate(batch.ids.numpy()):
-        T = int(batch.mask[b].sum())
-        seen = np.flatnonzero(row == model.config.image_token_id)
-        if not len(seen):
-            w[b, :T] = 1
-            continue
-        rho = []
+    features, grids, rows = kept[0], iter(batch.grids.tolist()), []
+    for row in batch.ids.numpy():
+        seen, rho = np.flatnonzero(row == model.config.image_token_id), []
         while len(rho) < len(seen):
             _, h, wide = next(grids)
             v, features = features[:h * wide], features[h * wide:]
@@ -161,9 +157,24 @@ def weights_by_loops(model, batch, tau=0.5, beta=2.0):
             near = np.array([[[around[y + dy, x + dx] @ v[y, x] for dy in range(3) for dx in range(3)]
                               for x in range(wide)] for y in range(h)]).mean(-1)
             rho += list((1 - near).reshape(h // 2, 2, wide // 2, 2).mean((1, 3)).flatten())
-        score = np.full(T, beta * np.mean(rho))
-        score[seen] = rho
-        raw = np.exp((score - score.min()) / (score.max() - score.min()) / tau)
+        rows.append((seen, np.array(rho)))
+    return rows
+
+
+def weights_by_loops(model, batch, kind="density"):
+    """w (B, T) in numpy, row by row: Algorithm 1, or what A.6 and A.8 put in its place."""
+    w = np.zeros(batch.ids.shape)
+    for b, (seen, rho) in enumerate(densities_by_loops(model, batch)):
+        raw = np.ones(T := int(batch.mask[b].sum()))
+        if len(seen) and kind == "density":               # tau 0.5, beta 2
+            score = np.full(T, 2 * rho.mean())
+            score[seen] = rho
+            raw = np.exp((score - score.min()) / (score.max() - score.min()) / 0.5)
+        elif len(seen) and kind == "modality":            # text at rho~ = 1, every patch at 0
+            raw[:] = np.exp(1 / 0.5)
+            raw[seen] = 1
+        elif len(seen) and kind == "topk":                # 5 times on the densest quarter
+            raw[seen[np.argsort(-rho, kind="stable")[:round(len(seen) * 0.25)]]] = 5
         w[b, :T] = raw * T / raw.sum()
     return w
 
@@ -192,13 +203,58 @@ def test_alignment_is_the_sum_over_hooked_streams(teacher, tmp_path, cond, feed)
         assert (a - b).abs().max() <= (1e-6 if cond == "c4" else 1e-9) * b.abs().max(), name
 
 
+# What each condition compares, with which weight, and its mixer: Table 10, Tables 5 and 8, A.8.
+COMPARED = {
+    "c2": ("mixed", "ones", "Mamba2"), "c3": ("outputs", "ones", "Mamba2"), "c4": ("outputs", "density", "Mamba2"),
+    "c5": ("outputs", "sum", "Mamba2"), "c6": ("outputs", "density", "GatedDeltaNet"),
+    "no-residual": ("mixed", "density", "Mamba2"), "no-density": ("outputs", "modality", "Mamba2"),
+    "ld": ("outputs", "each", "Mamba2"), "sl": ("outputs", "middle", "Mamba2"),
+    "topk": ("outputs", "topk", "Mamba2"), "random": ("outputs", "random", "Mamba2"),
+    "shuffled": ("outputs", "shuffled", "Mamba2")}
+
+
+@pytest.mark.parametrize("cond", distill.CONDS)
+def test_every_condition_compares_what_the_papers_tables_say(teacher, tmp_path, cond):
+    """The loss of Stages 1/2 by hooks and numpy; gradient scores are those that finite differences hold."""
+    assert set(distill.CONDS) == {"c1", *COMPARED}
+    s, f, g, processor = load(teacher, tmp_path, cond=cond)
+    objective, (batch, _) = distill.Distillation(s, f, g), three_rows(processor)
+    if cond == "c1":                                      # Stages 1/2 are skipped
+        assert {objective.prepare(share)[0] for share in (0, 0.2, 0.9)} == {"stage 3"}
+        return
+    read, kind, mixer = COMPARED[cond]
+    assert {type(g.layers[i].self_attn).__name__ for i in range(3)} == {mixer}
+    assert type(g.layers[3].self_attn).__name__ == "Attention"
+    with torch.no_grad():
+        theirs = Streams(f, batch)
+        ours = Streams(g, batch, theirs.inputs)
+        e = f.embed(batch.ids, batch.mask, batch.pixels, batch.grids)
+    errors = [((getattr(ours, read)[i] - getattr(theirs, read)[i]) ** 2).sum(-1) for i in (0, 1, 2)]
+    used = [None]
+    with pytest.MonkeyPatch.context() as patch:
+        real = density.WEIGHTS[distill.CONDS[cond].weight]
+        patch.setitem(density.WEIGHTS, distill.CONDS[cond].weight, lambda *a: used.append(real(*a)) or used[-1])
+        loss = objective.loss(batch, "stage 2")[0].item()
+    if kind in ("sum", "each", "middle"):
+        scores = fisher.fisher_scores(f, [0, 1, 2], e, None, batch.labels)
+        scores = dict(sum=scores.sum(0)[None].expand(3, -1, -1), each=scores, middle=scores[1:2].expand(3, -1, -1))[kind]
+        w = [x * batch.mask / (x * batch.mask).sum(1, keepdim=True) * batch.mask.sum(1, keepdim=True) for x in scores]
+    elif kind in ("random", "shuffled"):                  # another control's weights, in other places of its rows
+        w, other = [used[-1]] * 3, weights_by_loops(f, batch, dict(random="topk", shuffled="density")[kind])
+        assert np.allclose(np.sort(w[0], 1), np.sort(other, 1), atol=1e-5) and not np.allclose(w[0], other, atol=1e-2)
+    else:
+        w = [torch.tensor(weights_by_loops(f, batch, kind))] * 3
+    expected = sum((x * error).sum() for x, error in zip(w, errors)) / 3
+    assert loss == pytest.approx(expected.item(), rel=2e-6)
+
+
 def test_fisher_scores_are_finite_differences_of_the_teachers_loss(teacher, tmp_path):
     """B.3: nudge one entry of the stream after layer l at position p, and see the loss of the full logits move."""
     _, f, _, processor = load(teacher, tmp_path, cond="c5")
     batch, alone = three_rows(processor)
     with torch.no_grad():
         e = f.embed(batch.ids, batch.mask, batch.pixels, batch.grids)
-    scores = distill.fisher_scores(f, [0, 1, 2], e, None, batch.labels)                 # (S, B, T)
+    scores = fisher.fisher_scores(f, [0, 1, 2], e, None, batch.labels)                 # (S, B, T)
 
     def loss(row, layer, p, nudge):
         handle = f.layers[layer].register_forward_hook(
@@ -214,24 +270,32 @@ def test_fisher_scores_are_finite_differences_of_the_teachers_loss(teacher, tmp_
             assert scores[layer, b, p].item() == pytest.approx(g.square().sum().item(), rel=1e-2)
 
 
+def weights(s, f, g, processor, samples, cache=""):
+    """w (B, T), or (S, B, T), as a run has it: by a spy on the row of density.WEIGHTS."""
+    s.density_cache, kind, found = str(cache), distill.CONDS[s.cond].weight, []
+    if cache:
+        processor.scores = fisher.open_scores(cache, distill.CONDS[s.cond], f, g, processor)
+    batch = collate([processor.encode(x) for x in samples], processor.pad_id)
+    with pytest.MonkeyPatch.context() as patch:
+        real = density.WEIGHTS[kind]
+        patch.setitem(density.WEIGHTS, kind, lambda *args: found.append(real(*args)) or found[0])
+        distill.Distillation(s, f, g).loss(batch, "stage 2")
+    processor.scores = None
+    return found[0]
+
+
 def test_a_density_cache_gives_the_weights_of_the_live_tower_and_no_others(teacher, tmp_path):
     s, f, g, processor = load(teacher, tmp_path, cond="c4")
-    objective = distill.Distillation(s, f, g)
     samples = [World("train", 3, "receipt", cells=(3, 7))[i] for i in range(3)]
-    key = distill.cache_key(f, processor)
-    density.cache_corpus(tmp_path / "rho", samples, f, processor)
-    processor.sha = distill.image_sha
-    batch = collate([processor.encode(x) for x in samples], processor.pad_id)
-    with torch.no_grad():
-        vision = f.visual(batch.pixels, batch.grids)
-        live = objective.weights(batch, vision, None)
-        objective.cache = density.DensityCache(tmp_path / "rho", key)
-        kept = objective.weights(batch, vision, None)
-        assert not torch.equal(kept, live) and (kept / live - 1)[batch.mask].abs().max() < 0.155    # B.2's 4 bits
-        samples[1].images = samples[2].images
-        batch = collate([processor.encode(x) for x in samples], processor.pad_id)
-        with pytest.raises(density.CacheError, match="image's bytes"):
-            objective.weights(batch, f.visual(batch.pixels, batch.grids), None)
+    samples.insert(1, Sample("talk", [dict(role="document", content=[dict(type="text", text="no image")])]))
+    density.cache_density(tmp_path / "rho", samples, f, processor)
+    live, kept = (weights(s, f, g, processor, samples, cache) for cache in ("", tmp_path / "rho"))
+    real = live > 0
+    assert not torch.equal(kept, live) and (kept / live - 1)[real].abs().max() < 0.155      # B.2's 4 bits
+    assert torch.equal(kept[1], real[1].float()) and real.sum(1).tolist() == kept.sum(1).round().tolist()
+    samples[2].images = samples[3].images
+    with pytest.raises(BadSample, match="image's bytes"):
+        weights(s, f, g, processor, samples, tmp_path / "rho")
 
 
 def test_the_cache_that_density_py_writes_for_a_recipe_serves_a_run(teacher, tmp_path, monkeypatch):
@@ -271,21 +335,16 @@ def test_cached_gradient_weights_are_the_live_ones_and_no_other_texts(teacher, t
     distill.main([*map(str, run), "--write-cache", str(cache)])
     s = distill.parse(distill.DistillSettings, distill.DEFAULTS, [*map(str, run)])
     f, g, processor = distill.build(s, torch.device("cpu"))
-    objective = distill.Distillation(s, f, g)
-    processor.sha = distill.image_sha
     samples = list(distill.read_data(str(data))[i] for i in range(5))
-    batch = collate([processor.encode(x) for x in samples], processor.pad_id)
-    with torch.no_grad():
-        e = f.embed(batch.ids, batch.mask, batch.pixels, batch.grids)
-    live = objective.weights(batch, None, e)
-    objective.cache = density.DensityCache(cache, distill.scores_key(objective, processor), "fisher")
-    kept = objective.weights(batch, None, e)
-    real = batch.mask & (live > 1e-3 * live.amax(1, keepdim=True))       # below, a weight is floored
+    live, kept = (weights(s, f, g, processor, samples, file) for file in ("", cache))
+    mask = live > 0
+    real = mask & (live > 1e-3 * live.amax(1, keepdim=True))             # below, a weight is floored
     assert not torch.equal(kept, live) and (kept / live)[real].log().abs().max() < 2 * np.log(1.36)
-    torch.testing.assert_close(kept.sum(1), batch.mask.sum(1).float())
-    batch.weight, batch.keys = 0, [("", "", None)] * 5    # a stand-in for ranks that ran out of samples
-    assert torch.equal(objective.weights(batch, None, e), batch.mask.float())
-    monkeypatch.setattr(distill, "fisher_scores", None)   # a run with the cache never looks back
+    torch.testing.assert_close(kept.sum(1), (kept > 0).sum(1).float())
+    monkeypatch.setattr(fisher, "fisher_scores", None)   # a run with the cache never looks back
+    stand_in = Fetch(samples, processor)[Micro((), True, {})]               # for ranks that ran out of samples
+    assert torch.equal(density.WEIGHTS["fisher"](stand_in.rho, None, stand_in.mask), stand_in.mask.float())
+    assert stand_in.weight == 0 and distill.Distillation(s, f, g).loss(stand_in, "stage 2")[1] == 1
     distill.main([*map(str, run), "--density-cache", str(cache)])
     assert {line["stage"] for line in log(tmp_path / "run")} == {"stage 1", "stage 2"}
     data.write_text(data.read_text().replace("me and you", "you and me"))
@@ -495,6 +554,51 @@ def test_schedule_and_decay_follow_the_recipe(teacher, tmp_path):
     for name, p in g.named_parameters():
         if "layers.0.self_attn" in name:
             assert decay[id(p)] == (0.0 if name.endswith(vectors) else 0.01), name
+
+
+def test_the_recipe_is_table_11s_and_c3s(teacher, tmp_path, monkeypatch):
+    """Spelled from the paper: the settings of a run on real data, and what the optimiser of a small one was given."""
+    s = distill.parse(distill.DistillSettings, distill.DEFAULTS, ["--data", "mix.json"])
+    paper = dict(tokens=2_000_000_000, batch_tokens=2_000_000, lr=1e-4, warmup=0.01, floor=0.1, weight_decay=0.01, clip=1.0,
+                 stages="10/30/60", keep_every=4, lambda_kl=1.0, lambda_ce=0.1, tau=0.5, beta=2.0, minmax="all")
+    assert {name: getattr(s, name) for name in paper} == paper
+    assert density.Weighting() == density.Weighting(tau=0.5, beta=2.0, minmax="all", k=25.0) and density.BOOST == 5
+    steps, seeds = [], []
+    step, loss = torch.optim.AdamW.step, distill.Distillation.loss
+
+    def spied(self, *args):
+        used = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        kinds = {(p.dim() >= 2, g["weight_decay"]) for g in self.param_groups for p in g["params"]}
+        rules = {(g["betas"], g["eps"], g["lr"]) for g in self.param_groups}
+        steps.append((torch.stack([p.grad.norm() for p in used]).norm().item(), kinds, rules))
+        return step(self, *args)
+    monkeypatch.setattr(torch.optim.AdamW, "step", spied)
+    monkeypatch.setattr(distill.Distillation, "loss", lambda *args: seeds.append(torch.initial_seed()) or loss(*args))
+    for name, changes in dict(a={}, b={}, c=dict(seed=1), loose=dict(clip=1e6)).items():
+        train(settings(teacher, tmp_path / name, tokens=3000, **changes), monkeypatch)
+    lines = log(tmp_path / "a")
+    for line, (norm, kinds, rules) in zip(lines, steps):
+        assert kinds == {(True, 0.01), (False, 0.0)} and rules == {((0.9, 0.95), 1e-8, line["lr"])}
+        assert norm == pytest.approx(min(1.0, line["grad_norm"]), rel=1e-4)
+        if line["stage"] == "stage 3":                    # Eq. 1
+            assert line["loss"] == pytest.approx(1.0 * line["kl"] + 0.1 * line["ce"], rel=1e-6)
+    assert min(line["grad_norm"] for line in lines) > 2   # all were clipped; below the bound, nothing is scaled
+    loose = log(tmp_path / "loose")
+    assert [norm for norm, *_ in steps[-len(loose):]] == pytest.approx([line["grad_norm"] for line in loose], rel=1e-4)
+    n, other = len(lines), len(log(tmp_path / "c"))       # C.1: a fixed seed for dropout, another draw in each step
+    assert len(set(seeds[:n])) == n and seeds[n:2 * n] == seeds[:n]
+    assert not set(seeds[2 * n:2 * n + other]) & set(seeds[:n])
+
+
+@pytest.mark.parametrize("init", ["default", "paper"])
+@pytest.mark.parametrize("cond", ["c4", "c6"])
+def test_every_layers_mixer_has_a_draw_of_its_own_that_the_seed_fixes(teacher, tmp_path, cond, init):
+    drawn = []
+    for seed in (0, 0, 1):
+        _, _, g, _ = load(teacher, tmp_path, cond=cond, init=init, seed=seed)
+        drawn.append([g.layers[i].self_attn.gate_proj.weight for i in range(3)])
+    assert all(torch.equal(a, b) for a, b in zip(drawn[0], drawn[1]))
+    assert len({tuple(w.flatten().tolist()) for w in drawn[0] + drawn[2]}) == 6
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -193,13 +193,13 @@ def test_anls_agrees_with_lmms_eval(harness):
 
 def test_relaxed_accuracy_agrees_with_lmms_eval(harness):
     theirs, rng = harness("chartqa.utils").chartqa_process_results, random.Random(2)
-    assert benchmarks.relaxed("50%", {"answer": "50"}).score == 0 and benchmarks.relaxed("52.5", {"answer": "50"}).score == 1
+    assert benchmarks.relaxed_accuracy("50%", {"answer": "50"}).score == 0 and benchmarks.relaxed_accuracy("52.5", {"answer": "50"}).score == 1
     cases = []
     for _ in range(2000):
         gold = rng.choice([number(rng), number(rng), phrase(rng), rng.choice(ODD)])
         cases.append((rng.choice([reply_to(rng, gold), close_number(rng, gold)]),
                       {"answer": gold, "type": "x"}))
-    agree(score(benchmarks.relaxed), lambda reply, row: theirs(row, [reply])["relaxed_overall"], cases)
+    agree(score(benchmarks.relaxed_accuracy), lambda reply, row: theirs(row, [reply])["relaxed_overall"], cases)
 
 
 def test_vqa_accuracy_agrees_with_lmms_eval(harness):
@@ -213,7 +213,7 @@ def test_vqa_accuracy_agrees_with_lmms_eval(harness):
     agree(score(benchmarks.vqa_accuracy), lambda reply, row: theirs(row, [reply])["exact_match"], cases)
     normal = harness("_task_utils.vqa_eval_metric").EvalAIAnswerProcessor()
     texts = [reply for reply, _ in cases] + list(normal.CONTRACTIONS)
-    assert [text for text in texts if benchmarks.evalai(text) != normal(text)] == []
+    assert [text for text in texts if benchmarks.normalise_evalai(text) != normal(text)] == []
 
 
 def choice_rows(seed, n, most=4):
@@ -246,7 +246,7 @@ def test_mmstar_agrees_with_lmms_eval(harness):
     assert benchmarks.mmstar("A cat is on the mat, D", {"answer": "A"}).score == 1              # a quirk worth keeping
     cases = [(reply, {"answer": letter}) for *_, reply, _, _, letter in choice_rows(6, 3000)]
     phrases, rng = harness("lmms_eval.tasks._task_utils.mcq_extract")._ANSWER_PHRASES, random.Random(60)
-    assert set(benchmarks.SAID) == set(phrases)
+    assert set(benchmarks.ANSWER_PHRASES) == set(phrases)
     for words in 20 * phrases:
         reply = f"{phrase(rng)} {mangled(rng, words)} {rng.choice('ABCD')}{phrase(rng)}".strip()
         cases.append((reply, {"answer": rng.choice("ABCD")}))
@@ -387,12 +387,53 @@ def ocr_cases(seed, n):
 
 
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")                            # from parsing odd replies
-def test_ocrbench_types_agree_with_lmms_eval(harness):
+def test_ocrbench_types_agree_with_lmms_eval(harness, monkeypatch):
     theirs = harness("ocrbench_v2.utils").ocrbench_v2_process_results
     assert benchmarks.ocr_vqa("12345", {"answers": ["1"]}) == 1                                 # a quirk worth keeping
     cases = list(ocr_cases(10, 6000))
     agree(score(benchmarks.ocrbench), lambda reply, row: theirs(row, [reply])["ocrbench_v2_accuracy"]["score"], cases)
+    monkeypatch.setattr(benchmarks, "lmms_eval_scorer", lambda: None)                  # not installed
     assert benchmarks.ocrbench("x", {"type": "table parsing en"}).score is None
+    open_answer = {"type": "handwritten answer extraction cn", "question": "简答", "answers": ["x"]}
+    assert benchmarks.ocrbench("x", open_answer).score is None
+
+
+def test_with_lmms_eval_every_ocrbench_type_is_scored_and_the_headline_is_its_own(harness, monkeypatch, tmp_path, capsys):
+    """Distances between trees and texts are stand-ins: what is checked is which question gets which score."""
+    utils = harness("ocrbench_v2.utils")
+    monkeypatch.setattr(benchmarks, "lmms_eval_scorer", lambda: utils.ocrbench_v2_process_results)
+
+    def alike(a, b):
+        print("noise")
+        return random.Random(f"{a}|{b}").random()
+
+    for name in ("doc_parsing_evaluation", "spotting_evaluation"):
+        monkeypatch.setattr(utils, name, alike)
+    monkeypatch.setattr(utils, "teds", types.SimpleNamespace(evaluate=alike))
+    monkeypatch.setattr(utils, "extract_bounding_boxes_robust", lambda reply: reply)
+    monkeypatch.setattr(utils, "cal_per_metrics", lambda a, b: dict(
+        bleu=alike(a, b), meteor=0.5, f_measure=0.25, edit_dist=0.125))
+    others = ["table parsing en", "table parsing cn", "chart parsing en", "document parsing en", "document parsing cn",
+              "text translation cn", "fine-grained text recognition en", "full-page OCR en", "full-page OCR cn",
+              "text spotting en", "handwritten answer extraction cn"]
+    cases = list(ocr_cases(20, 300))
+    for i, kind in enumerate(20 * others):
+        cases.append((f"<table>{i}", dict(type=kind, question="简答 html", answers=[f"<table>{i % 7}"], eval=None,
+                                          bbox_list=[[1]], content=["x"])))
+    agree(score(benchmarks.ocrbench), lambda reply, row: utils.ocrbench_v2_process_results(
+        row, [reply])["ocrbench_v2_accuracy"]["score"], cases)
+    capsys.readouterr()
+    records = [E.with_score(dict(benchmark="ocrbench_v2", id=str(i), part=row["type"], image=[], row=row, answer=reply))
+               for i, (reply, row) in enumerate(cases)]
+    assert capsys.readouterr().out == ""
+    payloads = [dict(question_type=r["part"], score=r["score"]) for r in records]
+    theirs = utils.ocrbench_v2_aggregate_accuracy(payloads, types.SimpleNamespace(output_path=str(tmp_path)))
+    summary = E.summary({"m": records})
+    assert summary["scores"]["m"]["ocrbench_v2"]["score"] == pytest.approx(100 * theirs) and 0.1 < theirs < 0.9
+    assert summary["averages"]["m"]["fine"] == (1, summary["scores"]["m"]["ocrbench_v2"]["score"])
+    assert "coverage" not in E.table({"m": records})
+    row = dict(cases[-2][1])
+    assert row.pop("content") and benchmarks.ocrbench("x", row).score is None          # answers of an earlier version
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -612,7 +653,7 @@ def test_command_line_writes_what_rescoring_reproduces_without_a_model(folder, t
     for i, r in enumerate(records[:6]):                    # the page's first question, its gold, its picture
         assert (r["question"], r["gold"]) == (world[i].messages[0]["content"][1]["text"],
                                               world[i].messages[1]["content"][0]["text"])
-        assert E.picture(r["image"][0]).tobytes() == world[i].images[0].tobytes()
+        assert E.find_image(r["image"][0]).tobytes() == world[i].images[0].tobytes()
     monkeypatch.setattr(E.Qwen3VL, "from_pretrained", None)                            # no model from here on
     E.main(["--rescore", *files, "--out", str(tmp_path / "b")])
     assert "0 of 24 scores changed" in capsys.readouterr().out
@@ -637,7 +678,7 @@ def test_an_interrupted_evaluation_asks_only_what_is_left(folder, tmp_path, monk
     E.main([*flags, str(tmp_path / "b"), "--resume"])
     assert [s.id for s in asked] == [json.loads(line)["id"] for line in lines[8:]] and len(asked) == 4
     assert (tmp_path / "b" / file.name).read_text() == whole
-    for other in (["--seed", "3"], ["--max-new-tokens", "4"], ["--dtype", "bfloat16"]):
+    for other in (["--seed", "3"], ["--max-new-tokens", "4"], ["--dtype", "bfloat16"], ["--n", "5"]):
         with pytest.raises(SystemExit, match="an answer to another question, or of other weights or settings"):
             E.main([*flags, str(tmp_path / "b"), "--resume", *other])
     with pytest.raises(SystemExit, match="holds answers to reasoning too"):
@@ -647,12 +688,24 @@ def test_an_interrupted_evaluation_asks_only_what_is_left(folder, tmp_path, monk
     assert len(asked) == 16
 
 
+def test_a_resumed_answer_is_to_the_same_question_as_json_has_it():
+    """MMBench's missing options are NaN, which equals nothing, and tuples come back as lists."""
+    asked = dict(id="7", row={"C": float("nan"), "answers": ("a", "b"), "answer": "a"})
+    old = json.loads(json.dumps(dict(asked, run="x 16", model="m", benchmark="reading", answer="a")))
+    left = iter([(asked, None), (dict(asked, id="8"), None)])
+    E.skip_answered(left, [old], "x 16", "out")
+    assert next(left)[0]["id"] == "8"
+    for changed in (dict(asked, id="8"), dict(asked, row={}), dict(asked, gold="a")):
+        with pytest.raises(ValueError, match="out holds an answer to another question"):
+            E.skip_answered(iter([(changed, None)]), [old], "x 16", "out")
+
+
 def test_what_would_mislead_is_refused_before_it_is_answered(folder, tmp_path, capsys):
     other = shutil.copytree(folder, tmp_path / "other")
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     (other / "tokenizer.json").write_text(json.dumps(tokenizer, indent=1))
     for flags in ([folder, other], [folder, folder], [folder, tmp_path / "none"], [folder, "--n", "0"],
-                  [folder, "--batch-size", "0"], [folder, "--bench", "reading", "--bench", "reading"],
+                  [folder, "--batch-size", "0"], [folder, "--seed", "-1"], [folder, "--bench", "reading", "--bench", "reading"],
                   [folder, "--bench", f"docvqa_val={tmp_path}/empty.jsonl"], [folder, "--rescore", "a", "a"]):
         (tmp_path / "empty.jsonl").write_text("\n")
         with pytest.raises(SystemExit) as stop:
@@ -672,11 +725,11 @@ def test_rows_are_made_what_the_metrics_read(tmp_path):
     questions = E.file_questions("docvqa_val", str(tmp_path / "rows.jsonl"), None)
     record, sample = next(questions)
     assert sample.images[0].size == (64, 80)
-    assert E.judged({**record, "answer": "i"})["score"] == 0 and E.judged({**record, "answer": "milk"})["score"] == 1
+    assert E.with_score({**record, "answer": "i"})["score"] == 0 and E.with_score({**record, "answer": "milk"})["score"] == 1
     with pytest.raises(ValueError, match="rows.jsonl#1 is no question of docvqa_val"):
         next(questions)
     begin = time.process_time()
-    benchmarks.fields_of("a" + " " * 3000 + "b")          # a pattern that goes back once too often takes minutes
+    benchmarks.parse_fields("a" + " " * 3000 + "b")          # a pattern that goes back once too often takes minutes
     assert time.process_time() - begin < 20
 
 
@@ -684,16 +737,51 @@ def test_what_cannot_be_read_is_named(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text('\ufeff{"question": "?", "options": ["a"], "answer": 0, "image": "no.png"}\n[1]\n')
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n")
     for text, words in (("", "rows.jsonl#0: its image cannot be read: .*no.png"),
-                        ("bad.png", "rows.jsonl#0: its image cannot be read: cannot identify")):
+                        ("bad.png", "rows.jsonl#0: its image cannot be read: .*cannot identify")):
         (tmp_path / "rows.jsonl").write_text((tmp_path / "rows.jsonl").read_text().replace("no.png", text or "no.png"))
         with pytest.raises(ValueError, match=words):
             list(E.file_questions("ai2d", str(tmp_path), None))
     Image.new("RGB", (9, 9)).save(tmp_path / "bad.png")
     with pytest.raises(ValueError, match="rows.jsonl line 2 is not a JSON object"):
         list(E.file_questions("ai2d", str(tmp_path), None))
-    with pytest.raises(SystemExit, match="is not a file of answers that this script wrote"):
-        (tmp_path / "rows.jsonl").write_text("{}\n")
+    for row, words in (({"question": None}, "is no question of ai2d"), ({"image": None}, "None is neither a path"),
+                       ({"question": "\ud800"}, "is no question of ai2d: .*surrogates")):
+        row = dict(question="?", options=["a"], answer=0, image="bad.png") | row
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        with pytest.raises(ValueError, match="rows.jsonl#0.* " + words):
+            list(E.file_questions("ai2d", str(tmp_path), None))
+    row = dict(question="?", index="a7", A="x", answer="A", image="bad.png")            # not a number: no copies of 7
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="rows.jsonl#0 is no question of mmbench_en_dev: .*a7"):
+        list(E.file_questions("mmbench_en_dev", str(tmp_path), None))
+    record = made_up("reading", [1])[0] | {"model": "c4"}
+    for change in (None, {"benchmark": "none"}, {"benchmark": []}, {"answer": 5}, {"row": {}}, {"model": "../c4"}):
+        (tmp_path / "rows.jsonl").write_text(json.dumps({} if change is None else record | change) + "\n")
+        with pytest.raises(SystemExit, match="is not a file of answers that this script wrote"):
+            E.main(["--rescore", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")])
+    (tmp_path / "rows.jsonl").write_text("\n")
+    with pytest.raises(SystemExit, match="rows.jsonl: no answers"):
         E.main(["--rescore", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")])
+
+
+def test_pictures_show_what_lies_under_transparency_as_in_lmms_eval(tmp_path):
+    """lmms-eval calls convert("RGB"); training shows white."""
+    image = Image.new("RGBA", (4, 2), (10, 200, 30, 0))
+    image.save(tmp_path / "a.png")
+    assert np.asarray(E.read_image("a.png", tmp_path))[0, 0].tolist() == [10, 200, 30]
+    assert np.asarray(E.read_image((tmp_path / "a.png").read_bytes(), ""))[0, 0].tolist() == [10, 200, 30]
+
+
+def test_eager_decoding_asks_for_no_graph(folder, monkeypatch):
+    from model import Qwen3VL
+    model, processor, asked = Qwen3VL.from_pretrained(folder), E.full_processor(folder), []
+    monkeypatch.setattr(model, "generate", lambda ids, *_, **more: asked.append(more) or [[] for _ in ids])
+    samples = list(mixed_samples())[:1]
+    E.answer(model, processor, samples)
+    E.answer(model, processor, samples, eager=True)
+    assert asked == [{"max_new_tokens": 32}, {"max_new_tokens": 32, "graph": False}]
+    E.evaluate_models({"m": model}, processor, 1, {"reading": None}, eager=True)
+    assert asked[-1] == {"max_new_tokens": 16, "graph": False}
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -717,8 +805,8 @@ def test_benchmarks_are_read_from_files_in_their_own_columns(tmp_path, kind):
     assert record["id"] == "q1" and len(questions) == 2
     assert record["row"] == {"options": "['cat', 'dog']", "answer": "B"}
     assert [i.size for i in sample.images] == [(31, 20), (32, 20)]
-    assert [E.picture(r).tobytes() for r in record["image"]] == [p.tobytes() for p in pictures[1:]]
-    assert E.judged({**record, "answer": " (B) "})["score"] == 1
+    assert [E.find_image(r).tobytes() for r in record["image"]] == [p.tobytes() for p in pictures[1:]]
+    assert E.with_score({**record, "answer": " (B) "})["score"] == 1
     json.dumps(record)
     with pytest.raises(ValueError, match="ai2d needs a column 'image'"):
         list(E.file_questions("ai2d", str(tmp_path), None)) if kind == "parquet" else [
@@ -747,57 +835,3 @@ def test_gallery_shows_disagreements_in_two_colours(tmp_path):
     shown = np.asarray(Image.open(tmp_path / "g.png"))
     page = np.asarray(World("eval", 0, "reading")[3].images[0].resize((170, 170), Image.Resampling.LANCZOS))
     assert shown.shape[0] == 10 + 2 * 190 and (shown[200:370, 10:180] == page).all()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The plugin
-
-
-def test_lmms_eval_runs_our_models_under_the_prompt_key_of_qwen3_vl(harness, folder):
-    models = harness("lmms_eval.models")
-    models.MODEL_REGISTRY_V2.register_manifest(E.lmms_eval_manifest(), overwrite=True)
-    arguments = f"pretrained={folder},dtype=float32,min_pixels=256,max_pixels=65536"
-    extra = dict(batch_size=3, device="cpu")
-    chat = models.get_model("qwen3_vl").create_from_arg_string(arguments, extra)
-    simple = models.get_model("qwen3_vl", force_simple=True).create_from_arg_string(arguments, extra)
-    assert not chat.is_simple and simple.is_simple
-    samples = [s for s in mixed_samples() if s.images]
-    docs = [dict(images=s.images, text=s.messages[0]["content"][-1]["text"]) for s in samples]
-    for m in (chat, simple):
-        m.task_dict = {"t": {"test": docs}}
-
-    def visual(doc):
-        return doc["images"]
-
-    def messages(doc, round_idx=None, previous_output=None, previous_round_info=None):
-        turn = [{"role": "user", "content": [{"type": "image", "url": i} for i in doc["images"]]
-                 + [{"type": "text", "text": doc["text"] + (previous_output or [""])[-1]}]}]
-        return turn if round_idx is None else (turn, round_idx == 2, previous_output, None)
-
-    def request(*args):
-        return types.SimpleNamespace(args=args)
-
-    limits = [{"max_new_tokens": 6 + i % 2} for i in range(len(docs))]
-    asked = [E.Sample(s.id, [dict(role="system", content=[{"type": "text", "text": benchmarks.SYSTEM}]), *s.messages],
-                      s.images)
-             for s in samples]
-    expected = [E.answer(chat.model, chat.processor, [s], 1, g["max_new_tokens"])[0]
-                for s, g in zip(asked, limits)]
-    as_chat = [request("", messages, g, i, "t", "test") for i, g in enumerate(limits)]
-    as_simple = [request(d["text"], g, visual, i, "t", "test") for i, (d, g) in enumerate(zip(docs, limits))]
-    assert chat.generate_until(as_chat) == expected and simple.generate_until(as_simple) == expected
-    rounds = chat.generate_until_multi_round([request("", messages, limits[0], 0, "t", "test")])[0]
-    second = copy.deepcopy(asked[0])
-    second.messages[1]["content"][-1]["text"] += expected[0]
-    assert rounds == [expected[0], E.answer(chat.model, chat.processor, [second], 1, 6)[0]]
-    # The mean negative log-likelihood of a continuation and its end, token by token.
-    target = "cat"
-    asked_of = request(docs[0]["text"], lambda d: target, visual, 0, "t", "test")
-    loss, greedy = simple.loglikelihood([asked_of])[0]
-    e = chat.processor.encode(asked[0], add_generation_prompt=True)
-    tail = torch.tensor(chat.processor.tokenize(target) + [258])
-    logits = chat.model(torch.cat([e.ids, tail])[None], None, e.pixels, e.grids)[0].detach()
-    logits = logits[len(e.ids) - 1:-1]
-    assert loss == pytest.approx(-logits.log_softmax(-1)[torch.arange(len(tail)), tail].mean().item(),
-                                 rel=1e-5)
-    assert greedy == bool((logits.argmax(-1) == tail).all())

@@ -1,7 +1,4 @@
 """gdn.py against the rule as written, transformers' PyTorch functions of it, and finite differences."""
-import importlib
-import types
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -78,6 +75,30 @@ def test_chunked_equals_the_recurrence(T, chunk, G):
     assert relative(y32.double(), y_naive) < 1e-5 and relative(state32.double(), state_naive) < 1e-5
     nothing, zeros = ({**a, "state": s} for s in (None, torch.zeros_like(a["state"])))
     assert torch.equal(delta_rule(**nothing, chunk=chunk)[0], delta_rule(**zeros, chunk=chunk)[0])
+
+
+@pytest.mark.parametrize("T,Q", [(1, 16), (37, 16), (37, 5), (64, 8)])
+@pytest.mark.parametrize("G", [6, 2])
+def test_the_plain_chunked_form_equals_the_recurrence(T, Q, G):
+    a = inputs(T=T, G=G)
+    y, state = chunked_delta_rule(*a.values(), Q)
+    y_naive, state_naive = naive(**a)
+    assert relative(y, y_naive) < 1e-10 and relative(state, state_naive) < 1e-10
+
+
+@pytest.mark.parametrize("T,Q,n", [(37, 8, 2), (37, 8, 9), (48, 8, 3), (5, 8, 4)])
+@pytest.mark.parametrize("decay", [1, 300])
+def test_blocks_of_chunks_equal_the_rule_with_all_gradients(T, Q, n, decay):
+    """What a GPU runs, in fp64 on a CPU: whole blocks, a shorter one, a short last chunk; decays that underflow."""
+    a = {k: v.requires_grad_() for k, v in inputs(T=T).items()}
+    weights = rand(2, T, 6, 5, seed=7), rand(2, 6, 5, 7, seed=8)
+
+    def results(f):
+        y, state = f({**a, "log_a": decay * a["log_a"]})
+        return [y, state, *torch.autograd.grad((y * weights[0]).sum() + (state * weights[1]).sum(), list(a.values()))]
+    ours = results(lambda a: fast.delta_scan(*a.values(), Q, n))
+    for name, got, exact in zip(("y", "new state", *a), ours, results(lambda a: naive(**a))):
+        assert relative(got, exact) < 1e-10 and got.isfinite().all(), name
 
 
 @pytest.mark.parametrize("kind", ["left", "right", "all"])
@@ -284,40 +305,3 @@ def test_from_attention_clones_in_the_same_dtype():
     y, state = m(rand(2, 70, 24, seed=0, dtype=torch.bfloat16))
     assert y.dtype == state.conv.dtype == torch.bfloat16 and state.delta.dtype == torch.float32
     assert y.isfinite().all()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The optional kernels: our arguments, given to functions with the kernels' signatures that run on a CPU
-
-def transformers_kernels():
-    """transformers' PyTorch fallbacks of these kernels. They scale q by 1 / sqrt(N), come what may."""
-    def with_scale(f):
-        return lambda *, q, k, v, scale, **kwargs: f(q * scale * q.shape[-1] ** 0.5, k, v, **kwargs)
-    return [with_scale(transformers(f"torch_{name}_gated_delta_rule")) for name in ("chunk", "recurrent")]
-
-
-def fla_kernels():
-    """The naive functions that flash-linear-attention tests itself against (their import needs triton)."""
-    for name in ("triton", "fla"):
-        pytest.importorskip(name, reason=f"{name} is not installed", exc_type=ImportError)
-    naive = importlib.import_module("fla.ops.gated_delta_rule.naive")
-    return naive.naive_chunk_gated_delta_rule, naive.naive_recurrent_gated_delta_rule
-
-
-@pytest.mark.parametrize("kernels", [transformers_kernels, fla_kernels])
-def test_kernels_get_the_arguments_they_expect(kernels, monkeypatch):
-    """With `kernel` answering as on a GPU, sequences and single steps give what the PyTorch path gives."""
-    chunked, recurrent = kernels()
-    a, mask, calls = inputs(T=130, dtype=torch.float32), padding("right", 130), []
-    one = {k: v if k == "state" else v[:, :1] for k, v in a.items()}
-    expected, expected_one = delta_rule(**a, mask=mask), delta_rule(**one)
-    log = lambda name, f: lambda **kwargs: calls.append(name) or f(**kwargs)
-    fused = types.SimpleNamespace(chunk_gated_delta_rule=log("chunk", chunked),
-                                  fused_recurrent_gated_delta_rule=log("step", recurrent))
-    monkeypatch.setattr(fast, "kernel", lambda module, like: calls.append(module) or fused)
-    y, state = delta_rule(**a, mask=mask)
-    with torch.no_grad():
-        y_one, state_one = delta_rule(**one)
-    assert calls == ["fla.ops.gated_delta_rule", "chunk", "fla.ops.gated_delta_rule", "step"]
-    assert relative(y[mask], expected[0][mask]) < 1e-5 and relative(state, expected[1]) < 1e-5
-    assert relative(y_one, expected_one[0]) < 1e-5 and relative(state_one, expected_one[1]) < 1e-5

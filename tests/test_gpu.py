@@ -43,7 +43,9 @@ def kernels(request, monkeypatch):
 
 def need(rule, kernels):
     if kernels == "kernels":
-        pytest.importorskip({"ssd": "mamba_ssm", "delta": "fla"}[rule], reason="the kernels are not installed")
+        pytest.importorskip("mamba_ssm", reason="the kernels are not installed")
+        if rule == "delta":
+            pytest.skip("there are no kernels for the delta rule")
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -108,7 +110,7 @@ def asked(n=6):
 @pytest.mark.parametrize("graph", [True, False])
 def test_answers_equal_the_cpus(mixer, graph, kernels):
     if kernels == "kernels":
-        need({"gdn": "delta"}.get(mixer, "ssd"), kernels)
+        need("ssd" if mixer == "mamba2" else "delta", kernels)
     b, net = asked(), Qwen3VL.from_pretrained(ROOT / "tiny", torch.float32)
     net = to_hybrid(net, mixer) if mixer else net
     expected = net.generate(b.ids, b.mask, b.pixels, b.grids, max_new_tokens=12)
@@ -152,9 +154,10 @@ def distil(out, *flags, kill_after=None):
 
 
 @pytest.mark.parametrize("cond", ["c1", "c2", "c3", "c4", "c5", "c6"])
-def test_a_step_of_each_condition_equals_the_cpus_in_fp32(cond, tmp_path):
+def test_a_step_of_each_condition_equals_the_cpus_in_fp32(cond, tmp_path, monkeypatch):
     """The first losses of a run: the same numbers but for rounding, in bf16 for bf16's."""
     import distill
+    monkeypatch.setenv("HEED_COMPILE", "0")               # compiling takes longer than these runs
     distill.main(["--cond", cond, "--device", "cpu", "--tokens", "6000", "--questions", "0", "--out", str(tmp_path / "cpu")])
     expected = [json.loads(line) for line in (tmp_path / "cpu/log.jsonl").read_text().splitlines()]
     for dtype, bound in (("float32", 1e-3), ("bfloat16", 5e-2)):
@@ -165,7 +168,8 @@ def test_a_step_of_each_condition_equals_the_cpus_in_fp32(cond, tmp_path):
         assert abs(lines[0]["loss"] / expected[0]["loss"] - 1) < bound, (dtype, lines[0], expected[0])
 
 
-def test_a_killed_run_goes_on(tmp_path):
+def test_a_killed_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("HEED_COMPILE", "0")
     whole = distil(tmp_path / "whole")
     distil(tmp_path / "killed", kill_after=2)
     resumed = distil(tmp_path / "killed")

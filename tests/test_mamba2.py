@@ -67,6 +67,31 @@ def test_chunked_equals_the_recurrence(T, chunk, G):
     assert relative(y32.double(), y_naive) < 1e-5 and relative(state32.double(), state_naive) < 1e-5
 
 
+@pytest.mark.parametrize("T,Q", [(1, 16), (37, 16), (37, 5), (64, 8)])
+@pytest.mark.parametrize("G", [6, 2])
+def test_the_plain_chunked_form_equals_the_recurrence(T, Q, G):
+    a = inputs(T=T, G=G)
+    y, state = chunked_ssd(*a.values(), Q)
+    y_naive, state_naive = naive(**a)
+    assert relative(y, y_naive) < 1e-10 and relative(state, state_naive) < 1e-10
+
+
+@pytest.mark.parametrize("T,Q,n", [(37, 8, 2), (37, 8, 9), (48, 8, 3), (5, 8, 4)])
+@pytest.mark.parametrize("decay", [1, 300])
+def test_blocks_of_chunks_equal_the_recurrence_with_all_gradients(T, Q, n, decay):
+    """What a GPU runs, in fp64 on a CPU: whole blocks, a shorter one, a short last chunk; decays that underflow."""
+    a = {k: v.requires_grad_() for k, v in inputs(T=T).items()}
+    weights = rand(2, T, 6, 5, seed=7), rand(2, 6, 5, 7, seed=8)
+    order = ("x", "dt", "A", "B", "C", "D", "state")
+
+    def results(f):
+        y, state = f({**a, "A": decay * a["A"]})
+        return [y, state, *torch.autograd.grad((y * weights[0]).sum() + (state * weights[1]).sum(), list(a.values()))]
+    ours = results(lambda a: fast.ssd_scan(*(a[k] for k in order), Q, n))
+    for name, got, exact in zip(("y", "new state", *a), ours, results(lambda a: naive(**a))):
+        assert relative(got, exact) < 1e-10 and got.isfinite().all(), name
+
+
 @pytest.mark.parametrize("kind", ["left", "right", "all"])
 def test_padding_neither_enters_nor_decays_the_state(kind):
     a, mask = inputs(), padding(kind, 37)
@@ -92,6 +117,19 @@ def test_gradients_agree_with_finite_differences(G):
     mask = padding("left", 9)
     f = lambda *args: tuple(z * m for z, m in zip(ssd(*args, mask=mask, chunk=2), (mask[..., None, None], 1)))
     assert torch.autograd.gradcheck(f, [a[n] for n in NAMES])
+
+
+def test_the_backward_pass_may_be_called_inside_autocast():
+    """bf16 inputs: the same gradients inside the region and outside it, for scan and convolution."""
+    grads = []
+    for inside in (False, True):
+        a = {k: (v.bfloat16() if k in ("x", "B", "C") else v.float()).requires_grad_() for k, v in inputs(T=40).items()}
+        u, weight = rand(2, 12, 5, seed=0).bfloat16().requires_grad_(), rand(5, 4, seed=1).bfloat16().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y, conv = ssd(**a)[0], causal_conv(u, weight)[0]
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            grads.append(torch.autograd.grad(y.float().sum() + conv.float().sum(), [*a.values(), u, weight]))
+    assert all(torch.equal(g, h) for g, h in zip(*grads))
 
 
 def test_gradients_in_fp32_over_many_chunks():
@@ -301,7 +339,13 @@ def test_kernels_get_the_arguments_they_expect(kernels, monkeypatch):
     mask = padding("right", 512)
     one = {k: v[:, :1] if k in ("x", "dt", "B", "C") else v for k, v in a.items()}
     expected, expected_one = ssd(**a, mask=mask), ssd(**one)
-    fused = types.SimpleNamespace(mamba_chunk_scan_combined=scan, selective_state_update=step)
+
+    def checked(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False):
+        """What the published wrapper asserts and reads before it calls the kernel: one number a head, by strides."""
+        assert x.shape == dt.shape and A.shape == (6, 5, 7) and B.shape == C.shape == (2, 6, 7) and D.shape == (6, 5)
+        assert A.stride(-1) == A.stride(-2) == dt.stride(-1) == dt_bias.stride(-1) == 0
+        return step(state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus)
+    fused = types.SimpleNamespace(mamba_chunk_scan_combined=scan, selective_state_update=checked)
     calls = []
     monkeypatch.setattr(fast, "kernel", lambda module, like: calls.append(module) or fused)
     kept = a["state"].clone()

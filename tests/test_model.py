@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import model
-from model import Qwen3VL, SwiGLU, to_hybrid
+from model import Qwen3VL, to_hybrid
+from parts import mixers
+from parts.fast import SwiGLU
 
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="transformers>=5 is the oracle")
 
@@ -189,6 +191,48 @@ def test_config_reads_both_rope_spellings_and_the_generation_settings(teacher, t
         assert (loaded.sampling, loaded.config.eos_token_id) == (expected, eos)
 
 
+def mutations(raw):
+    """config.json with one field missing, null, negative, of another type, or beyond reason: -> (place, text)."""
+    def paths(node, at=()):
+        for key, value in node.items():
+            yield (*at, key)
+            if isinstance(value, dict):
+                yield from paths(value, (*at, key))
+    for place in paths(raw):
+        for change in ("gone", None, -1, 0, 2.5, "x", [], {}, True, 10 ** 12, [1, "a"], float("nan")):
+            new = copy.deepcopy(raw)
+            parent = new
+            for key in place[:-1]:
+                parent = parent[key]
+            if change == "gone":
+                del parent[place[-1]]
+            else:
+                parent[place[-1]] = change
+            yield place, change, json.dumps(new)
+
+
+def test_every_damaged_config_is_refused_by_name_or_read_as_it_stands(teacher, tmp_path):
+    """A few hundred mutations: a sentence that names the file, or a config whose model can be built."""
+    teacher.save_pretrained(tmp_path)
+    raw, refused = json.loads((tmp_path / "config.json").read_text()), 0
+    for place, change, text in mutations(raw):
+        (tmp_path / "config.json").write_text(text)
+        try:
+            config = model.Config.from_folder(tmp_path)
+        except (ValueError, FileNotFoundError) as error:
+            assert "config.json" in str(error) and "\n" not in str(error), (place, change)
+            refused += 1
+            continue
+        small = config.text.num_hidden_layers <= 10 and config.vision.depth <= 10
+        with torch.device("meta"):
+            assert not small or Qwen3VL(config) is not None, (place, change)
+    assert refused > 200
+    for text in ("", "[]", "{" * 3000, "nonsense", "\x00"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="config.json"):
+            model.Config.from_folder(tmp_path)
+
+
 def test_every_fault_of_a_checkpoint_is_named_in_one_error(teacher, tmp_path):
     from safetensors.torch import load_file, save_file
     teacher.save_pretrained(tmp_path, shard_bytes=2 ** 16)
@@ -320,8 +364,8 @@ def with_mixer(teacher, mixer):
     """The teacher, or a hybrid of it; for a mixer that is not there yet, a skip that says so."""
     if mixer == "attention":
         return teacher
-    if not (ROOT / model.MIXERS[mixer].split(":")[0]).is_file():
-        pytest.skip(f"the mixer {mixer!r} is not written yet: no {model.MIXERS[mixer]}")
+    if not (ROOT / mixers.MIXERS[mixer].split(":")[0]).is_file():
+        pytest.skip(f"the mixer {mixer!r} is not written yet: no {mixers.MIXERS[mixer]}")
     return to_hybrid(teacher, mixer)
 
 
@@ -624,8 +668,8 @@ def test_a_hybrid_with_a_built_in_mixer_survives_the_disk(teacher, mixer, tmp_pa
     student.save_pretrained(tmp_path)
     again = Qwen3VL.from_pretrained(tmp_path)
     assert torch.equal(again(*inputs), student(*inputs))
-    kind = __import__(model.MIXERS[mixer].split(".")[0])  # the class that others import, not a second one
-    assert isinstance(again.layers[0].self_attn, getattr(kind, model.MIXERS[mixer].split(":")[1]))
+    kind = __import__(mixers.MIXERS[mixer].split(".")[0])  # the class that others import, not a second one
+    assert isinstance(again.layers[0].self_attn, getattr(kind, mixers.MIXERS[mixer].split(":")[1]))
 
 
 def test_a_hybrid_keeps_some_attention_and_replaces_some(teacher, own_mixer):

@@ -21,7 +21,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import distill
 import sft_dpo
 from data import BadSample, Sample, collate, encode_rows
-from model import Config, Qwen3VL, TextConfig, VisionConfig, to_hybrid
+from loop import Checked
+from model import Config, Qwen3VL, TextConfig, VisionConfig, dtype_of, to_hybrid
+from parts.ranks import Ranks, shard
 from synthdoc import World
 
 SPECIAL = [f"<|{name}|>" for name in ("endoftext", "im_start", "im_end", "vision_start", "vision_end",
@@ -77,7 +79,7 @@ def argv(flags):
 def objective(phase, model, out="", **changes):
     """-> the objective, a batch of four rows of unlike lengths, the processor."""
     s = settings(phase, model, out, **changes)
-    made, processor = sft_dpo.prepared(s, sft_dpo.PHASES[phase], torch.device("cpu"))
+    made, processor = sft_dpo.build(s, sft_dpo.PHASES[phase], torch.device("cpu"))
     world = SMALL("train", 3, pairs=phase == "dpo")
     rows = []
     for i in range(20):
@@ -107,19 +109,20 @@ class Killed(Exception):
     pass
 
 
-def train(phase, s, ranks=distill.Ranks(0, 1, torch.device("cpu")), stop=math.inf):
+def train(phase, s, ranks=Ranks(0, 1, torch.device("cpu")), stop=math.inf):
     """A whole run on small pages, killed in its step number `stop`. -> the last checkpoint's parameters."""
-    made, processor = sft_dpo.prepared(s, sft_dpo.PHASES[phase], ranks.device)
-    data = sft_dpo.Suited(SMALL("train", 5, pairs=phase == "dpo"), phase == "dpo", embedded=True)
+    made, processor = sft_dpo.build(s, sft_dpo.PHASES[phase], ranks.device)
+    pairs = phase == "dpo"
+    data = Checked(SMALL("train", 5, pairs=pairs), partial(sft_dpo.check_kind, pairs=pairs, embedded=True))
     if s.shard:
-        distill.shard(ranks, made.model)
+        shard(ranks, made.model)
     return run(s, made, processor, data, ranks, stop)
 
 
-def train_distill(s, ranks=distill.Ranks(0, 1, torch.device("cpu")), stop=math.inf):
+def train_distill(s, ranks=Ranks(0, 1, torch.device("cpu")), stop=math.inf):
     teacher, student, processor = distill.build(s, ranks.device)
     if s.shard:
-        distill.shard(ranks, teacher, student)
+        shard(ranks, teacher, student)
     return run(s, distill.Distillation(s, teacher, student), processor, SMALL("train", 5), ranks, stop)
 
 
@@ -346,6 +349,115 @@ def test_bf16_trains_fp32_masters(folder, tmp_path):
     assert state(tmp_path)["label"] == "sft"
 
 
+# -- the paper's constants ---------------------------------------------------------------------------------
+
+TABLE11 = {                     # with C.4 and C.5; by hand from the paper
+    "sft": dict(peak=5e-6, batch=1_000_000, warmup=0.03, decay=0.01, clip=1.0, betas=(0.9, 0.999), eps=1e-8, cap=8192),
+    "dpo": dict(peak=1e-6, batch=500_000, warmup=0.03, decay=0.0, clip=1.0, betas=(0.9, 0.999), eps=1e-8, cap=4096,
+                beta=0.1, rank=32, alpha=64.0, dropout=0.05)}
+
+
+class Watched(torch.optim.AdamW):
+    """AdamW that keeps what it was made with and, of every step, its rates, gradients and the way it moved."""
+    made = []
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.rates, self.norms = [], []
+        Watched.made.append(self)
+
+    def step(self):
+        rates = {group["lr"] for group in self.param_groups}
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.rates.append(rates.pop())
+        self.norms.append(torch.cat([g.flatten() for g in grads]).norm().item())
+        assert not rates
+        super().step()
+
+
+@pytest.mark.parametrize("phase", TABLE11)
+def test_a_run_on_real_data_follows_table_11_and_c4_and_c5(folder, tmp_path, monkeypatch, phase):
+    """By default, in the optimiser that steps, the batches it steps on, and the model that is trained."""
+    paper, name = TABLE11[phase], str(tmp_path / "x.jsonl")
+    kind, defaults = sft_dpo.PHASES[phase].settings, sft_dpo.PHASES[phase].defaults
+    s = distill.parse(kind, defaults, ["--data", name, "--model", str(folder / "hybrid"), "--threads", "1"])
+    assert s.tokens == 0                                   # one epoch
+    assert (s.batch_tokens, s.cap, s.weight_decay) == (paper["batch"], paper["cap"], paper["decay"])
+    assert dtype_of(s.dtype, torch.device("cuda")) == torch.bfloat16
+
+    # The run itself, of 40 small steps, on losses a hundred times as large so that there is something to clip.
+    s = replace(s, tokens=4000, batch_tokens=100, micro_tokens=400, save_every=99, out=str(tmp_path / "out"))
+    made, processor = sft_dpo.build(s, sft_dpo.PHASES[phase], torch.device("cpu"))
+    before = {n: p.detach().clone() for n, p in made.parameters().items()}
+    loss, draws = made.loss, []
+
+    def larger(batch, label, backward):
+        draws.append(torch.rand(1, generator=torch.Generator().set_state(torch.get_rng_state())).item())
+        return loss(batch, label, lambda part: backward(100 * part))
+    made.loss = larger
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    Watched.made.clear()
+    monkeypatch.setattr(sft_dpo, "build", lambda *args: (made, processor))
+    monkeypatch.setattr(sft_dpo, "read_samples", lambda *args: Checked(
+        SMALL("train", 5, pairs=phase == "dpo"), partial(sft_dpo.check_kind, pairs=phase == "dpo", embedded=True)))
+    monkeypatch.setattr(sft_dpo, "parse", lambda *args: s)
+    monkeypatch.setattr(sft_dpo, "finish", lambda *args: None)
+    sft_dpo.main([phase])
+    optimiser, = Watched.made
+    for group in optimiser.param_groups:
+        assert (group["betas"], group["eps"]) == (paper["betas"], paper["eps"])
+        assert not group["params"] or group["weight_decay"] == paper["decay"] * (group["params"][0].dim() >= 2)
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    ends = [0, *(line["tokens"] for line in log)]
+    assert len(log) > 20 and all(75 < b - a < 500 for a, b in zip(ends, ends[1:]))      # one or two samples over
+    for rate, done in zip(optimiser.rates, ends):
+        at = min(1, (done + 100) / 4000)
+        cosine = (1 + math.cos(math.pi * (at - paper["warmup"]) / (1 - paper["warmup"]))) / 2
+        share = at / paper["warmup"] if at < paper["warmup"] else cosine
+        assert rate == pytest.approx(paper["peak"] * share, rel=1e-9)
+    assert optimiser.rates[0] == pytest.approx(paper["peak"] * 0.025 / 0.03)             # within the warm-up
+    for norm, line in zip(optimiser.norms, log, strict=True):
+        assert norm == pytest.approx(min(line["grad_norm"], paper["clip"]), rel=1e-4)
+    assert max(line["grad_norm"] for line in log) > 1.5
+    assert len(set(draws)) == len(draws)                   # dropout is new in every step
+    assert all(n.endswith((".A", ".B")) for n in before) == (phase == "dpo")
+    trained = state(tmp_path / "out")["parameters"]
+    assert trained.keys() == before.keys() and any(not torch.equal(p, before[n]) for n, p in trained.items())
+
+
+def test_dpo_has_the_papers_beta_and_adapters(folder):
+    flags = dict(data="x.jsonl", model=folder / "hybrid")
+    s = distill.parse(sft_dpo.DPOSettings, sft_dpo.DPO_DEFAULTS, argv(flags))
+    made, processor = sft_dpo.build(s, sft_dpo.PHASES["dpo"], torch.device("cpu"))
+    paper, adapters = TABLE11["dpo"], [m for m in made.model.modules() if isinstance(m, sft_dpo.LoRA)]
+    assert len(adapters) == len({id(m.base) for m in adapters}) > 20
+    for m in adapters:
+        assert m.A.shape == (paper["rank"], m.base.in_features) and m.B.shape == (m.base.out_features, paper["rank"])
+    one = adapters[0]
+    one.B.data.normal_()
+    x = torch.randn(4, one.base.in_features)
+    one.eval()
+    added = one(x) - one.base(x)
+    torch.testing.assert_close(added, x @ one.A.T @ one.B.T * paper["alpha"] / paper["rank"], rtol=1e-4, atol=1e-5)
+    one.train()
+    one.A.data, one.B.data = torch.eye(32, one.base.in_features), torch.eye(one.base.out_features, 32)
+    ones = torch.ones(20_000, one.base.in_features)
+    low = (one(ones) - one.base(ones))[:, :32] / (paper["alpha"] / paper["rank"])
+    assert (low.abs() < 0.5).float().mean().item() == pytest.approx(paper["dropout"], abs=0.003)
+    for m in adapters:
+        assert m.training and m.dropout == paper["dropout"]
+    one.B.data.zero_()
+    stir(made.model)
+    batch = objective("dpo", folder / "hybrid", dtype="float32")[1]
+    _, _, terms = made.loss(batch, "dpo")
+    with torch.no_grad(), sft_dpo.adapters_off(made.model):
+        ref = made.pair_logps(batch, None).sum(0)
+    for k, name in enumerate(("chosen", "rejected")):
+        assert terms[f"rewards/{name}"].item() == pytest.approx(
+            paper["beta"] * (terms[f"logps/{name}"] - ref[k]).item(), rel=1e-3), name
+    assert processor.max_tokens == paper["cap"] // 2       # of each: C.5 counts chosen and rejected together
+
+
 # -- runs --------------------------------------------------------------------------------------------------
 
 
@@ -409,7 +521,7 @@ def jobs(folder, out):
 
 
 def worker():
-    ranks = distill.start(SimpleNamespace(device="cpu", threads=1, dtype=""))
+    ranks = distill.start_processes(SimpleNamespace(device="cpu", threads=1, dtype=""))
     for function, s, stop in jobs(*map(Path, sys.argv[1:])).values():
         function(s, ranks=ranks, stop=stop)
         ranks.wait()
@@ -456,7 +568,7 @@ def test_each_phase_refuses_what_is_meant_for_the_other(tmp_path):
     file.write_text(json.dumps(plain) + "\n" + json.dumps(pair()) + "\n")
     for phase, good, bad, why in (("sft", 0, 1, "mixed.jsonl line 2 is a preference pair"),
                                   ("dpo", 1, 0, "mixed.jsonl line 1 has no chosen and rejected answer")):
-        data = sft_dpo.dataset_of(SimpleNamespace(data=str(file), seed=0), sft_dpo.PHASES[phase])
+        data = sft_dpo.read_samples(SimpleNamespace(data=str(file), seed=0), sft_dpo.PHASES[phase])
         assert isinstance(data[good], Sample)
         with pytest.raises(BadSample, match=why):
             data[bad]
@@ -481,13 +593,13 @@ def test_one_epoch_is_the_number_of_tokens(folder, tmp_path):
     file.write_text("".join(json.dumps(pair("q" * (i % 7))) + "\n" for i in range(50)))
     phase = sft_dpo.PHASES["dpo"]
     s = settings("dpo", folder / "plain", tmp_path, data=file)
-    data, processor = sft_dpo.dataset_of(s, phase), sft_dpo.prepared(s, phase, torch.device("cpu"))[1]
+    data, processor = sft_dpo.read_samples(s, phase), sft_dpo.build(s, phase, torch.device("cpu"))[1]
     counted = sum(len(row.ids) for i in range(50) for row in encode_rows(processor, data[i]))
-    assert sft_dpo.one_epoch(data, processor) == counted
+    assert sft_dpo.epoch_tokens(data, processor) == counted
     tie = dict(prompt="Q", chosen=[dict(role="user", content="Q"), dict(role="assistant", content="A")])
     with open(file, "a") as more:                         # pairs that are none add rows, and no tokens
         more.writelines(json.dumps(dict(tie, rejected=tie["chosen"])) + "\n" for _ in range(50))
-    assert sft_dpo.one_epoch(sft_dpo.dataset_of(s, phase), processor) == counted
+    assert sft_dpo.epoch_tokens(sft_dpo.read_samples(s, phase), processor) == counted
     with pytest.raises(SystemExit, match="less than one step: give --batch-tokens"):
         sft_dpo.main(["dpo", "--model", str(folder / "plain"), "--data", str(file), "--out", str(tmp_path / "small")])
 
