@@ -337,14 +337,14 @@ def scan(opt):
             "Triton": kernel("mamba_ssm.ops.triton.ssd_combined", torch.empty(0, device=opt.device))}
     contenders = {" ".join([row, *[str(chunk)] * bool(chunk)]): (Scanner, row, chunk)
                   for row, (_, chunks) in SCANS.items() if have[row] for chunk in chunks}
-    calls = [(task, task) for task in ["errors"] + (opt.repeats + 1) * ["forward", "both"]]
+    calls = [(task, task) for task in (opt.repeats + 1) * ["forward", "both"] + ["errors"]]
     table = {}
     line("scan, and its chunk", "fwd ms", "+ bwd ms", "x ours", "added MB", "x ours", "error y", "of grads")
     for name, took in measure(opt, contenders, calls).items():
         took = {task: rounds for (_, task), rounds in took.items()}
         if len(took.get("both", ())) > 1 and len(took.get("forward", ())) > 1:
-            # A CPU's allocator keeps what was freed, so there the first run shows what it takes.
-            rounds = took["both"][opt.device == "cuda":]
+            # A CPU's allocator keeps what was freed, so there only the first run shows what it takes.
+            rounds = (took["forward"] + took["both"]) if opt.device == "cpu" else took["both"][1:]
             added = max(t.peak for t in rounds) - min(t.start for t in rounds)
             r = table[name] = dict(forward=median(took["forward"][1:]), both=median(took["both"][1:]), added=added,
                                    errors=took["errors"][0].answer if "errors" in took else (None, None))

@@ -26,11 +26,12 @@ import torch.nn.functional as F
 import distill
 import loop
 import mamba2
-from data import IGNORED, Batch, Plan, Processor, collate, loader
+from data import IGNORED, Batch, Plan, Processor, collate, following, loader
 from model import Attention, Config, KVCache, Qwen3VL, TextConfig, VisionConfig, to_hybrid
 from synthdoc import World
 
 ROOT, GB = Path(__file__).parents[1], 2 ** 30
+PROGRESS = {1: 0.05, 2: 0.2, 3: 0.7}                      # shares of the budget in the midst of each stage
 ROOM, TOKEN = 256, 20     # positions that a random cache leaves for decoding, and what is written there
 SHAPES = {                # what differs from the embedded teacher: text, vision, whether embeddings are tied
     "tiny": ({}, {}, True),
@@ -360,7 +361,7 @@ class Trainer:
         def settings(cond):
             flags = ["--teacher", opt.folder, "--cond", cond, "--device", opt.device, "--dtype", opt.dtype]
             return loop.parse(distill.DistillSettings, distill.DEFAULTS, flags)
-        teacher, self.opt, self.s = build(opt), opt, settings(conds[0])
+        teacher, self.s, self.ranks = build(opt), settings(conds[0]), loop.Ranks(0, 1, torch.device(opt.device))
         student = distill.convert(self.s, teacher)
         teacher.recompute = student.recompute = opt.recompute
         self.objectives = {c: distill.Distillation(settings(c), teacher, student) for c in conds}
@@ -374,23 +375,17 @@ class Trainer:
         self.update(1)                                    # gradients of zero make moments of zero
 
     def micro(self, cond, stage):
-        """-> loss, and by how much it is to be divided."""
+        """-> the loss, by position."""
         self.optimiser.zero_grad(set_to_none=True)        # those of a step that failed
-        label, _ = self.objectives[cond].prepare({1: 0.05, 2: 0.2, 3: 0.7}[stage])
-
-        def backward(part):
-            with torch.autocast(self.opt.device, enabled=False):
-                part.backward()
-            return part.detach()
-        with self.autocast:
-            loss, self.count, _ = self.objectives[cond].loss(self.batch, label, backward)
-        return torch.stack([loss / self.count])
+        label, _ = self.objectives[cond].prepare(PROGRESS[stage])
+        sums, *_ = loop.accumulate(self.objectives[cond], [self.batch], label, self.ranks.device, self.autocast)
+        self.count = sums["count"]
+        return torch.stack([sums["loss"] / self.count])
 
     def update(self, count=None):
         """-> the gradient's norm."""
-        ranks = loop.Ranks(0, 1, torch.device(self.opt.device))
-        loop.reduce_gradients(ranks, self.parameters, count or self.count)
-        norm = loop.clip_gradients(ranks, self.parameters, self.s.clip)
+        loop.reduce_gradients(self.ranks, self.parameters, count or self.count)
+        norm = loop.clip_gradients(self.ranks, self.parameters, self.s.clip)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         return norm
@@ -402,7 +397,7 @@ class Trainer:
 
     def counts(self, cond, stage):
         """-> tokens and floating-point operations of a micro-batch."""
-        self.objectives[cond].prepare({1: 0.05, 2: 0.2, 3: 0.7}[stage])
+        self.objectives[cond].prepare(PROGRESS[stage])
         return int(self.batch.mask.sum()), step_flops(self.objectives[cond], self.batch, stage)
 
 
@@ -452,7 +447,7 @@ class TransformersTrainer:
             error = [distill.drift(self.layers[i](self.seen[i][0], position_embeddings=None), self.seen[i][1])
                      for i in self.S]
             return torch.stack(error).mean(0)[self.batch.mask].mean()
-        target = distill.following(self.batch.labels)
+        target = following(self.batch.labels)
         log_q, log_p = (z.float().log_softmax(-1) for z in (self.student(**self.inputs).logits, t.logits))
         kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)[target != IGNORED].mean()
         return kl + 0.1 * F.nll_loss(log_q.flatten(0, 1), target.flatten(), ignore_index=IGNORED)
