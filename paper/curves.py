@@ -17,8 +17,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")       # Okabe and Ito
-PANELS = {"loss": "loss (its kind changes with the stage)", "drift": "drift, ||s − r||² a position",
-          "kl": "KL(teacher || student), nats a token", "lr": "learning rate"}
+PANELS = {"loss": "loss (of the stage)", "drift": "drift, ||s − r||² a position",
+          "kl": "KL, nats a token", "lr": "learning rate"}
 
 
 def read(folder):
