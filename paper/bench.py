@@ -1,27 +1,29 @@
 """Efficiency (Sect. 5.4, A.5): Table 7 and Fig. 5 on whatever device is here, and others beside it.
 
-    python -m paper.bench contexts                        # by context: first token, decode step, memory
-    python -m paper.bench contexts --model 8b --transformers                            # on a GPU
-    python -m paper.bench train                           # a training step of c1 to c5, by stage
+    python -m paper.bench contexts                  # by context: first token, decode step, memory
+    python -m paper.bench contexts --model 8b --transformers                        # on a GPU
+    python -m paper.bench train                     # a training step of c1 to c5, by stage
     python -m paper.bench train --model 8b --recompute
-    python -m paper.bench against                         # the same work by transformers
-    python -m paper.bench scan --ssd-minimal FILE         # mamba2.ssd, and other scans
+    python -m paper.bench against                   # the same work by transformers
+    python -m paper.bench scan --ssd-minimal FILE   # mamba2.ssd, and other scans
 
---model is a checkpoint's folder, one with only a config.json (weights are then random), or one of tiny, wide, 2b
-and 8b. The last line is JSON, which results/bench.json keeps under command, model and device.
+--model is a checkpoint's folder, one with only a config.json (weights are then random), or one of
+tiny, wide, 2b and 8b. The last line is JSON, which results/bench.json keeps under command, model
+and device.
 
-    contenders   on a CPU a process each, which take turns, so that a busy machine is unfair to none; on a GPU one
-                 after the other, as two large models do not fit. What one cannot do is said in a sentence, and
-                 the rest goes on
-    time         medians. With one CPU thread (OMP_NUM_THREADS, 1 unless set) processor time, which no other work
-                 lengthens; else the wall clock, the GPU having finished
-    peak         of one call. CPU: resident memory beyond that of the process before the model was built (Linux
-                 only); GPU: max_memory_allocated. By context: weights, and what is added to them after 64 tokens,
-                 as code that is loaded on first use would hide the embedded model's
-    states       real ones at batch 1 up to --prefill-upto positions. Else the recurrent state is that of a short
-                 prompt (its size and cost never change), and attention's keys and values are random
-    floor        the least time, at the rates of a large copy and a large matrix product that are measured first.
-                 Decode step: decoder weights, cache and states are read once. Prefill: its products
+    contenders  on a CPU a process each, which take turns, so that a busy machine is unfair to none;
+                on a GPU one after the other, as two large models do not fit. What one cannot do is
+                said in a sentence, and the rest goes on
+    time        medians. With one CPU thread (OMP_NUM_THREADS, 1 unless set) processor time, which no
+                other work lengthens; else the wall clock, the GPU having finished
+    peak        of one call. CPU: resident memory beyond that of the process before the model was
+                built (Linux only); GPU: max_memory_allocated. By context: weights, and what is added
+                to them after 64 tokens, as code loaded on first use would hide the embedded model's
+    states      real ones at batch 1 up to --prefill-upto positions. Else the recurrent state is that
+                of a short prompt (its size and cost never change), and keys and values are random
+    floor       the least time, at the rates of a large copy and a large matrix product, measured
+                first. Decode step: decoder weights, cache and states are read once. Prefill: its
+                products
 """
 import argparse
 import gc
@@ -36,7 +38,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -46,29 +48,29 @@ import torch  # noqa: E402  (after the number of threads is set)
 
 from distill import DEFAULTS  # noqa: E402
 from model import device_of, dtype_of  # noqa: E402
-from paper.contenders import (GB, ROOT, SCANS, SHAPES, Reader, Scanner, Trainer, TransformersReader,  # noqa: E402
-                              TransformersTrainer, folder_of)
+from paper.contenders import (GB, ROOT, SCANS, Reader, Scanner, Trainer, folder_of,  # noqa: E402
+                              TransformersReader, TransformersTrainer)
 from parts.fast import kernel  # noqa: E402
 
-HOURS = {"c1": 150, "c2": 158, "c3": 160, "c4": 165, "c5": 260}    # Table 7: on an H100, for 2 B tokens
-SPEEDUP = {4096: 1.47, 32768: 2.84, 131072: 4.12}         # Sect. 5.4: the hybrid's throughput over the teacher's
+HOURS = {"c1": 150, "c2": 158, "c3": 160, "c4": 165, "c5": 260}      # Table 7: H100, 2 B tokens
+SPEEDUP = {4096: 1.47, 32768: 2.84, 131072: 4.12}         # Sect. 5.4: throughput over the teacher's
 SHARES = {1: 0.1, 2: 0.3, 3: 0.6}                         # of the token budget, by stage
 
-# ---------------------------------------------------------------------------------------------------------
-# Measuring
+# ---- Measuring ----
 
 
 class Took(NamedTuple):
     seconds: float
     start: int               # bytes held before the call
     peak: int                # the most held during it
-    answer: object           # a tensor becomes a list
+    answer: object           # a tensor becomes a numpy array
 
 
 def now(device):
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.process_time() if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
+    alone = device == "cpu" and torch.get_num_threads() == 1
+    return time.process_time() if alone else time.perf_counter()
 
 
 def resident(field):
@@ -77,7 +79,7 @@ def resident(field):
         return next(1024 * int(line.split()[1]) for line in status if line.startswith(field))
 
 
-HERE = dict(contender=None, empty=0)                      # in this process, and the bytes that it had before
+HERE = dict(contender=None, empty=0)      # in this process, and the bytes it had before
 
 
 def make(opt, kind, *args):
@@ -85,30 +87,32 @@ def make(opt, kind, *args):
     HERE["contender"] = None
     if opt.device == "cpu":
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        for library in getattr(opt, "libraries", ()):     # of any contender, for all: code is not compared
+        # What any contender imports, all do: code is not what is compared.
+        for library in getattr(opt, "libraries", ()):
             importlib.import_module(library)
         HERE["empty"] = resident("VmRSS")
     HERE["contender"] = kind(opt, *args)
 
 
 def perform(opt, task, *values):
-    """make, or a method of the contender in this process -> Took, or a sentence on what went wrong."""
+    """make, or a method of the contender in this process -> Took, or what went wrong."""
     cuda = opt.device == "cuda"
     try:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
-            Path("/proc/self/clear_refs").write_text("5")                               # VmHWM starts anew
+            Path("/proc/self/clear_refs").write_text("5")                         # VmHWM starts anew
         start = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
         begin = now(opt.device)
         answer = task(opt, *values) if task is make else getattr(HERE["contender"], task)(*values)
         seconds = now(opt.device) - begin
         peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
-        answer = answer.tolist() if isinstance(answer, torch.Tensor) else answer
+        if isinstance(answer, torch.Tensor):              # numpy goes between processes as it is
+            answer = answer.detach().float().cpu().numpy()
         return Took(seconds, start - HERE["empty"], peak - HERE["empty"], answer)
     except Exception as error:                            # of any kind: the others go on
         sentence = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    free(opt)                                             # here, where the error holds no tensors any more
+    free(opt)                                             # the error holds no tensors any more
     return sentence
 
 
@@ -119,11 +123,14 @@ def free(opt):
 
 
 def measure(opt, contenders, calls):
-    """contenders {name: (class, *arguments)}; calls [(place, task, *values)], in order, of each contender.
-    -> {name: {(place, task): [Took of each call]}}. After an error a contender skips the rest of that place."""
+    """contenders {name: (class, *arguments)}; calls [(place, task, *values)], for each of them.
+
+    -> {name: {(place, task): [Took of each call]}}. After an error a contender skips the rest of that
+    place, a string or a tuple."""
     results, lost = {name: {} for name in contenders}, set()
-    for group in [list(contenders)] if opt.device == "cpu" else [[name] for name in contenders]:
-        pools = {name: ProcessPoolExecutor(1, get_context("spawn")) for name in group if opt.device == "cpu"}
+    together = opt.device == "cpu"
+    for group in [list(contenders)] if together else [[name] for name in contenders]:
+        pools = {n: ProcessPoolExecutor(1, get_context("spawn")) for n in group if together}
         for place, task, *values in [("make", make), *calls]:
             for name in group:
                 if not lost.isdisjoint({(name, place), (name, "make")}):
@@ -137,7 +144,7 @@ def measure(opt, contenders, calls):
                     results[name].setdefault((place, task), []).append(took)
                 else:
                     lost.add((name, place))
-                    print(f"{name} at {place if isinstance(place, str) else ' '.join(map(str, place))}: {took}")
+                    print(f"{name}, {place}: {took}", flush=True)
         for pool in pools.values():
             pool.shutdown()
         HERE["contender"] = None
@@ -150,11 +157,10 @@ def median(rounds):
 
 
 def device_rates(opt):
-    """-> bytes/s, by a large copy, which reads and writes each; floating-point operations/s, by a large product."""
+    """-> what a large copy (reads and writes) and a large product reach: bytes and operations a second."""
     n, size = (8192, 2 ** 31) if opt.device == "cuda" else (1024, 2 ** 28)
     a = torch.randn(n, n, device=opt.device).to(getattr(torch, opt.dtype))
-    source = torch.zeros(size, dtype=torch.uint8, device=opt.device)
-    target = torch.zeros_like(source)
+    source, target = (torch.zeros(size, dtype=torch.uint8, device=opt.device) for _ in range(2))
 
     def fastest(f):
         times = []
@@ -163,14 +169,14 @@ def device_rates(opt):
             f()
             times.append(now(opt.device) - begin)
         return min(times)
-    rates = dict(bandwidth=2 * size / fastest(lambda: target.copy_(source)), products=2 * n ** 3 / fastest(lambda: a @ a))
-    print(f"{device_name(opt)}: a copy moves {rates['bandwidth'] / 1e9:,.0f} GB/s, a product in {opt.dtype} does "
-          f"{rates['products'] / 1e12:,.3g} TFLOP/s", flush=True)
+    rates = dict(bandwidth=2 * size / fastest(lambda: target.copy_(source)),
+                 products=2 * n ** 3 / fastest(lambda: a @ a))
+    print(f"{device_name(opt)}: a copy moves {rates['bandwidth'] / 1e9:,.0f} GB/s, a product in "
+          f"{opt.dtype} does {rates['products'] / 1e12:,.3g} TFLOP/s", flush=True)
     return rates
 
 
-# ---------------------------------------------------------------------------------------------------------
-# By context (Table 7's right half, Fig. 5)
+# ---- By context (Table 7's right half, Fig. 5) ----
 
 
 def contexts(opt):
@@ -187,7 +193,7 @@ def contexts(opt):
             for name, r in results.items():
                 took = {task: rounds for (place, task), rounds in r.items() if place == (T, at)}
                 if "step" in took:
-                    rows[name] = figures(took, rates, rows.get("teacher"))
+                    rows[name] = figures(opt, took, rates, rows.get("teacher"))
             show_context(T, at, rows)
     draw_contexts(opt, table)
     return dict(rates=rates, contexts=table)
@@ -198,66 +204,74 @@ def reading(opt, T, at):
     real = T <= opt.prefill_upto and at == "batch 1"
     yield (T, at), "prefill", 64                          # loads code and allocates scratch
     yield (T, at), "rest"
-    for _ in range((opt.repeats + (opt.device == "cuda")) * real):        # a GPU's first one chooses kernels
+    repeats = opt.repeats + (opt.device == "cuda")        # a GPU's first one chooses kernels
+    for _ in range(repeats * real):
         yield (T, at), "prefill", T
     yield (T, at), "begin", 0 if real else T, at == "equal memory"
     for _ in range(opt.steps + 2):
         yield (T, at), "step"
 
 
-def figures(took, rates, teacher):
-    """One row of the table. took: {task: [Took]} of one contender at one context; teacher: its row, by which
-    transformers' floors and weights are known."""
+def figures(opt, took, rates, teacher):
+    """One row of the table.
+
+    took: {task: [Took]} of one contender at one context. teacher: its row, which knows the weights
+    and floors of transformers' model too."""
     _, *prefills = took["prefill"]
     base = (prefills or took["begin"])[0].start           # weights, code, scratch
-    r = {k: teacher[k] for k in ("weights", "reads", "flops", "counted") if teacher} | took["begin"][0].answer
+    known = {k: teacher[k] for k in ("weights", "reads", "flops", "counted")} if teacher else {}
+    r = known | took["begin"][0].answer
     seconds = median(took["step"][2:])                    # the first may enlarge the cache
-    r.update(step=seconds, step_floor=r["reads"] / rates["bandwidth"], tokens_s=r["batch"] / seconds,
-             peak=r["weights"] + took["step"][-1].peak - base)
+    r.update(step=seconds, step_floor=r["reads"] / rates["bandwidth"],
+             tokens_s=r["batch"] / seconds, peak=r["weights"] + took["step"][-1].peak - base)
     if prefills:
-        rounds = prefills[len(prefills) > 1:]             # the first warms up where there are more
+        rounds = prefills[opt.device == "cuda":]
         r.update(first_token=median(rounds), first_token_floor=r["flops"] / rates["products"],
                  prefill_peak=r["weights"] + rounds[-1].peak - base)
     return r
 
 
 def compared(teacher, hybrid):
-    """Table 7's columns, the hybrid's over the teacher's, of first_token the reverse. ceiling: tokens_s by floors."""
-    r = {key: hybrid[key] / teacher[key] for key in ("tokens_s", "held", "peak", "prefill_peak", "first_token")
-         if key in teacher and key in hybrid}
-    if "first_token" in r:
-        r["first_token"] = 1 / r["first_token"]
-    r["ceiling"] = hybrid["batch"] / hybrid["step_floor"] * teacher["step_floor"] / teacher["batch"]
-    return r
+    """Table 7's columns: the hybrid's over the teacher's, of first_token the reverse. ceiling is what
+    tokens_s would be if both were at their floors."""
+    keys = [k for k in ("tokens_s", "held", "peak", "prefill_peak") if k in teacher and k in hybrid]
+    r = {k: hybrid[k] / teacher[k] for k in keys}
+    if "first_token" in teacher and "first_token" in hybrid:
+        r["first_token"] = teacher["first_token"] / hybrid["first_token"]
+    floors = teacher["step_floor"] / hybrid["step_floor"]
+    return r | dict(ceiling=floors * hybrid["batch"] / teacher["batch"])
 
 
 def show_context(T, at, rows):
     for name, r in rows.items():
-        line(f"{T:7} {at:13} {name}", r["batch"], r.get("first_token"), r.get("first_token_floor"), 1e3 * r["step"],
-             1e3 * r["step_floor"], r["tokens_s"], r["peak"] / GB, r["held"] / GB)
+        line(f"{T:7} {at:13} {name}", r["batch"], r.get("first_token"), r.get("first_token_floor"),
+             1e3 * r["step"], 1e3 * r["step_floor"], r["tokens_s"], r["peak"] / GB, r["held"] / GB)
     if "teacher" in rows and "hybrid" in rows:
         rows["ratios"] = compared(rows["teacher"], rows["hybrid"])
-        print("hybrid over teacher: " + ", ".join(f"{k} {v:.3f}" for k, v in rows["ratios"].items()), flush=True)
+        ratios = ", ".join(f"{k} {v:.3f}" for k, v in rows["ratios"].items())
+        print(f"hybrid over teacher: {ratios}", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Training (Table 7's left half)
+# ---- Training (Table 7's left half) ----
 
 
 def train(opt):
-    """A micro-batch by condition and stage, and the update. Stage 3 is the same code for all conditions."""
-    rates, stages, table, cuda = device_rates(opt), {}, {}, opt.device == "cuda"
+    """A micro-batch and an update, by condition and stage. Stage 3 is the same for all conditions."""
+    rates, stages, table = device_rates(opt), {}, {}
     places = [(c, n) for n in SHARES for c in HOURS if (n < 3) == (c != "c1")]
-    rounds = [(place, *call) for _ in range(opt.repeats + 1) for place in places      # conditions take turns
-              for call in (("micro", *place), ("update",))]
-    took = measure(opt, {"train": (Trainer, *HOURS)}, [(place, "counts", *place) for place in places] + rounds)["train"]
+    calls = [(place, "counts", *place) for place in places]
+    for _ in range(opt.repeats + 1):                      # conditions take turns
+        for place in places:
+            calls += [(place, "micro", *place), (place, "update")]
+    took = measure(opt, {"train": (Trainer, *HOURS)}, calls)["train"]
     line("condition and stage", "s", "update s", "tokens/s", "GFLOP/token", "% of rate", "peak GB")
     for c, n in places:
         if len(took.get(((c, n), "update"), ())) > opt.repeats:
-            counts, micro, update = (took[(c, n), task] for task in ("counts", "micro", "update"))
-            r = stages[c, n] = stage_figures(opt, rates, *counts[0].answer, micro, update)
-            line(f"{c if n < 3 else 'all'} {n}", r["seconds"], r["update"], r["tokens_s"], r["flops"] / 1e9, 100 * r["share"],
-                 r["peak"] / GB)
+            r = stages[c, n] = stage_figures(opt, rates, *(
+                took[(c, n), task] for task in ("counts", "micro", "update")))
+            line(f"{c if n < 3 else 'all'} {n}", r["seconds"], r["update"], r["tokens_s"],
+                 r["flops"] / 1e9, 100 * r["share"], r["peak"] / GB)
+    cuda = opt.device == "cuda"
     line("all stages, 10/30/60", "s/k tokens", "over c1", "paper", *["GPU hours", "paper"] * cuda)
     for c in HOURS:
         mine = {n: stages[p] for n in SHARES if (p := ("c1" if n == 3 else c, n)) in stages}
@@ -266,15 +280,17 @@ def train(opt):
             over = each / table["c1"]["seconds_token"] if table else 1.0
             table[c] = dict(stages=mine, seconds_token=each, over_c1=over, hours=2e9 * each / 3600)
             line(c, 1e3 * each, over, HOURS[c] / HOURS["c1"], *[table[c]["hours"], HOURS[c]] * cuda)
-    return dict(rates=rates, conditions=table)
+    return dict(rates=rates, conditions=table, stages={f"{c} {n}": r for (c, n), r in stages.items()})
 
 
-def stage_figures(opt, rates, tokens, flops, micro, update):
-    """In a run of real data a step has many micro-batches and one update, which all its tokens share."""
-    seconds, final = median(micro[1:]), median(update[1:])                              # less the warm-up
+def stage_figures(opt, rates, counts, micro, update):
+    """In a run of real data a step has many micro-batches and one update, which its tokens share."""
+    (tokens, flops), (_, *micro), (_, *update) = counts[0].answer, micro, update
+    seconds, final = median(micro), median(update)
     each = seconds / tokens + final / (DEFAULTS["batch_tokens"][1] if opt.rows else tokens)
-    return dict(tokens=tokens, seconds=seconds, update=final, tokens_s=1 / each, flops=flops / tokens,
-                share=flops / seconds / rates["products"], peak=max(t.peak for t in micro[1:] + update[1:]), loss=micro[-1].answer[0])
+    return dict(tokens=tokens, seconds=seconds, update=final, tokens_s=1 / each,
+                flops=flops / tokens, share=flops / seconds / rates["products"],
+                peak=max(t.peak for t in micro + update), loss=float(micro[-1].answer[0]))
 
 
 def weighted(costs):
@@ -282,80 +298,83 @@ def weighted(costs):
     return sum(SHARES[n] * t for n, t in costs.items()) / sum(SHARES[n] for n in costs)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Against transformers: the same weights and inputs
+# ---- Against transformers: the same weights and inputs ----
 
 
 def against(opt):
     """How far answers and losses differ is printed, for unless they agree nothing is compared."""
-    opt.libraries = ["transformers.models.qwen3_vl.modeling_qwen3_vl", "transformers.models.mamba2.modeling_mamba2"]
+    opt.libraries = [f"transformers.models.{m}.modeling_{m}" for m in ("qwen3_vl", "mamba2")]
     readers = {"ours": (Reader, "teacher"), "transformers": (TransformersReader,)}
     trainers = {"ours": (Trainer, "c3"), "transformers": (TransformersTrainer, True),
                 "their model, our scan": (TransformersTrainer, False)}
     again = range(opt.repeats + 1)
-    reads = [("read", "prefill", opt.text, opt.visual) for _ in again] + [("read", "begin", 0, False)] \
-        + [("read", "step") for _ in range(opt.steps)] + [("answer", "generate") for _ in again]
+    calls = [("prefill", "prefill", opt.text, opt.visual) for _ in again]
+    calls += [("step", "begin", 0, False)] + [("step", "step") for _ in range(opt.steps)]
+    calls += [("generate", "generate") for _ in again]
     learns = [(f"stage {n}", "train", n) for n in SHARES for _ in again]
     table = {}
     line("task", "ms", "x ours", "peak GB", "ours / it", "difference")
-    for contenders, calls in ((readers, reads), (trainers, learns)):
-        results = measure(opt, contenders, calls)
-        for key in dict.fromkeys((place, task) for place, task, *_ in calls if task != "begin"):
-            took = {name: r[key] for name, r in results.items() if len(r.get(key, ())) > 1}
-            rows = table[key[0] if key[1] == "train" else key[1]] = {}
-            for name, rounds in took.items():
-                rows[name] = dict(seconds=median(rounds[1:]), peak=max(t.peak for t in rounds),
-                                  difference=difference(took["ours"], rounds) if "ours" in took else None)
-            show_against(key[0] if key[1] == "train" else key[1], rows)
-    whole = {name: [table[f"stage {n}"].get(name) for n in SHARES] for name in trainers}
-    table["10/30/60"] = {name: dict(seconds=weighted({n: r["seconds"] for n, r in zip(SHARES, rows)}),
-                                    peak=max(r["peak"] for r in rows)) for name, rows in whole.items() if all(rows)}
+    for results in (measure(opt, readers, calls), measure(opt, trainers, learns)):
+        for place, task in dict.fromkeys(key for r in results.values() for key in r):
+            if task not in (make, "begin"):
+                took = {name: r[place, task] for name, r in results.items() if (place, task) in r}
+                table[place] = {name: dict(
+                    seconds=median(rounds[1:] or rounds), peak=max(t.peak for t in rounds),
+                    difference=difference(took.get("ours"), rounds)) for name, rounds in took.items()}
+                show_against(place, table[place])
+    stages = [table.get(f"stage {n}", {}) for n in SHARES]
+    table["10/30/60"] = {name: dict(
+        seconds=weighted({n: rows[name]["seconds"] for n, rows in zip(SHARES, stages)}),
+        peak=max(rows[name]["peak"] for rows in stages))
+        for name in trainers if all(name in rows for rows in stages)}
     show_against("10/30/60", table["10/30/60"])
     return table
 
 
 def difference(ours, theirs):
-    """The largest of the first answers, relative to ours."""
-    a, b = (torch.tensor(rounds[0].answer, dtype=torch.float64) for rounds in (ours, theirs))
-    return ((b - a).abs().max() / a.abs().max()).item()
+    """The largest between the first answers, relative to ours."""
+    if not ours:
+        return None
+    a, b = ours[0].answer, theirs[0].answer
+    return float(abs(b - a).max() / abs(a).max())
 
 
 def show_against(place, rows):
     for name, r in rows.items():
         first = rows.get("ours", r)
-        line(f"{place:10}{name}", 1e3 * r["seconds"], r["seconds"] / first["seconds"], r["peak"] / GB, first["peak"] / r["peak"],
-             r.get("difference"))
+        line(f"{place:10}{name}", 1e3 * r["seconds"], r["seconds"] / first["seconds"],
+             r["peak"] / GB, first["peak"] / r["peak"], r.get("difference"))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The scan
+# ---- The scan ----
 
 
 def scan(opt):
-    """Forward, and forward with backward: time, the memory that a run adds to its inputs, and errors."""
-    have = {"ours": True, "ssd_minimal": opt.ssd_minimal, "transformers": importlib.util.find_spec("transformers"),
-            "Triton": kernel("mamba_ssm.ops.triton.ssd_combined", torch.empty(0, device=opt.device))}
+    """Forward, and forward with backward: time, memory that is added to the inputs, and errors."""
+    have = dict(ours=True, ssd_minimal=opt.ssd_minimal,
+                transformers=importlib.util.find_spec("transformers"),
+                Triton=kernel("mamba_ssm.ops.triton.ssd_combined", torch.empty(0, device=opt.device)))
     contenders = {" ".join([row, *[str(chunk)] * bool(chunk)]): (Scanner, row, chunk)
                   for row, (_, chunks) in SCANS.items() if have[row] for chunk in chunks}
-    calls = [(task, task) for task in ["errors"] + (opt.repeats + 1) * ["forward", "both"]]
+    calls = [(t, t) for t in (opt.repeats + 1) * ["forward", "both"] + ["errors"]]
     table = {}
     line("scan, and its chunk", "fwd ms", "+ bwd ms", "x ours", "added MB", "x ours", "error y", "of grads")
     for name, took in measure(opt, contenders, calls).items():
         took = {task: rounds for (_, task), rounds in took.items()}
-        if len(took.get("both", ())) > 1 and len(took.get("forward", ())) > 1:
-            # A CPU's allocator keeps what was freed, so there the first run shows what it takes.
-            rounds = took["both"][opt.device == "cuda":]
-            added = max(t.peak for t in rounds) - min(t.start for t in rounds)
-            r = table[name] = dict(forward=median(took["forward"][1:]), both=median(took["both"][1:]), added=added,
-                                   errors=took["errors"][0].answer if "errors" in took else (None, None))
-            first = table.get("ours", r)
-            line(name, 1e3 * r["forward"], 1e3 * r["both"], r["both"] / first["both"], added / 1e6,
-                 added / max(1, first["added"]), *r["errors"])
+        if min(len(took.get("forward", ())), len(took.get("both", ()))) < 2:
+            continue
+        # A CPU's allocator keeps what was freed, so there only the first run shows what it takes.
+        rounds = took["forward"] + took["both"] if opt.device == "cpu" else took["both"][1:]
+        r = dict(forward=median(took["forward"][1:]), both=median(took["both"][1:]),
+                 added=max(t.peak for t in rounds) - min(t.start for t in rounds),
+                 errors=took["errors"][0].answer if "errors" in took else (None, None))
+        table[name], first = r, table.get("ours", r)
+        line(name, 1e3 * r["forward"], 1e3 * r["both"], r["both"] / first["both"],
+             r["added"] / 1e6, r["added"] / max(1, first["added"]), *r["errors"])
     return table
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Tables, pictures, records, and the command line
+# ---- Tables, pictures, records, and the command line ----
 
 
 def line(label, *cells):
@@ -371,25 +390,29 @@ INKS = {"teacher": ("#606876", "s"), "hybrid": ("#d05c24", "o"), "transformers":
 
 
 def draw_contexts(opt, table):
-    """bench-contexts-MODEL.png: Fig. 5, with the floors dotted, and the paper's speed-up beside ours."""
+    """bench-contexts-MODEL.png: Fig. 5, floors dotted, and the paper's speed-up beside ours."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import EngFormatter
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    panels = {"first_token": ("time to first token, s", 1), "step": ("decode step at batch 1, ms", 1e3),
-              "peak": ("peak memory of decoding at batch 1, GB", 1 / GB)}
-    for ax, (key, (title, scale)) in zip(axes.flat, panels.items()):
+    panels = {"first_token": "time to first token, s", "step": "decode step at batch 1, s",
+              "peak": "peak memory of decoding at batch 1, bytes"}
+    for ax, (key, title) in zip(axes.flat, panels.items()):
         for name, (ink, marker) in INKS.items():
-            rows = [(T, at["batch 1"][name]) for T, at in table.items() if key in at["batch 1"].get(name, ())]
-            for what, style in ((key, dict(marker=marker, label=name)), (key + "_floor", dict(linestyle=":"))):
-                ax.plot(*[[], []] if not rows or what not in rows[0][1] else
-                        zip(*[(T, r[what] * scale) for T, r in rows]), color=ink, **style)
+            rows = [(T, at["batch 1"].get(name, {})) for T, at in table.items()]
+            for what, style in ((key, dict(marker=marker, label=name)), (key + "_floor", dict(ls=":"))):
+                points = [(T, r[what]) for T, r in rows if what in r]
+                if points:
+                    ax.plot(*zip(*points), color=ink, **style)
         ax.set(yscale="log")
+        ax.yaxis.set_major_formatter(EngFormatter())
         ax.set_title(title + (", and its floor (dotted)" if key != "peak" else ""), loc="left")
     last = axes.flat[3]
-    for at, style in (("batch 1", dict(marker="o")), ("equal memory", dict(marker="D", linestyle="--"))):
-        rows = [(T, t[at]["ratios"]["tokens_s"]) for T, t in table.items() if "ratios" in t[at]]
-        last.plot(*zip(*rows) if rows else [[], []], color=INKS["hybrid"][0], label=at, **style)
+    for at, style in (("batch 1", "o-"), ("equal memory", "D--")):
+        points = [(T, t[at]["ratios"]["tokens_s"]) for T, t in table.items() if "ratios" in t[at]]
+        if points:
+            last.plot(*zip(*points), style, color=INKS["hybrid"][0], label=at)
     last.plot(*zip(*SPEEDUP.items()), "kx", label="the paper (vLLM, H100)")
     last.set_title("tokens/s, hybrid over teacher", loc="left")
     last.set_ylim(bottom=0)
@@ -410,25 +433,19 @@ def device_name(opt):
     if opt.device == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    named = [text.split(":")[1].strip() for text in info.splitlines() if text.startswith("model name")]
+    named = [row.split(":")[1].strip() for row in info.splitlines() if row.startswith("model name")]
     return named[0] if named else platform.processor() or "CPU"
 
 
-def installed(package):
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def record(opt, result):
-    """Keeps the result in bench.json under command, model and device, and prints it as the last line."""
+    """Keeps the result in bench.json under command, model and device; prints it as the last line."""
     path, model = Path(opt.out) / "bench.json", Path(opt.model).name
     device = ", ".join(filter(None, [device_name(opt), opt.dtype, opt.label]))
-    asked = {k: v for k, v in vars(opt).items() if k not in ("folder", "command", "libraries", "out")}
+    packages = ("torch", "transformers", "mamba-ssm", "triton")
     new = dict(date=date.today().isoformat(), threads=torch.get_num_threads(),
-               versions={p: installed(p) for p in ("torch", "transformers", "mamba-ssm", "triton")},
-               switches={k: v for k, v in os.environ.items() if k.startswith("HEED_")}, asked=asked, result=result)
+               versions={d.name: d.version for d in distributions() if d.name in packages},
+               switches={k: v for k, v in os.environ.items() if k.startswith("HEED_")},
+               asked={k: v for k, v in vars(opt).items() if k in FLAGS and k != "out"}, result=result)
     kept = json.loads(path.read_text()) if path.exists() else {}
     kept.setdefault(opt.command, {}).setdefault(model, {})[device] = new
     path.write_text(json.dumps(kept, indent=1) + "\n")
@@ -436,48 +453,55 @@ def record(opt, result):
 
 
 COMMANDS = dict(contexts=contexts, train=train, against=against, scan=scan)
-FLAGS = {                 # flag: (commands, default, what it is); a type for a default: `parse` chooses one
-    "model": ("contexts train against", "tiny", "folder of a checkpoint or a config.json, or tiny, wide, 2b, 8b"),
+FLAGS = {                 # flag: (commands, default, what it is); a type: `parse` chooses the default
+    "model": ("contexts train against", "tiny", "a checkpoint or config.json's folder, or a shape"),
     "contexts": ("contexts", [4096, 32768, 131072], "positions before the first decode step"),
     "prefill_upto": ("contexts", 32768, "contexts up to this one are read in full"),
-    "budget": ("contexts", float, "GB of weights, cache and states at equal memory [the GPU's, or 4]"),
+    "budget": ("contexts", float, "GB for all at equal memory [the GPU's memory; CPU: 4]"),
     "transformers": ("contexts", False, "transformers' model as a third contender"),
     "mixer": ("contexts", "mamba2", "of the hybrid: mamba2, gdn or FILE.py:CLASS"),
-    "chunk": ("contexts against", int, "positions that a prefill takes at once, 0: all [512 on a CPU by context, else 0]"),
+    "chunk": ("contexts against", int, "positions a prefill takes at once [all; contexts on a CPU: 512]"),
     "eager": ("contexts against", False, "decode without CUDA graphs"),
     "steps": ("contexts against", 16, "decode steps"),
-    "rows": ("train against", int, "of a random micro-batch; 0: one of the embedded world [4 in train of large models, else 0]"),
+    "rows": ("train", int, "of a random micro-batch [4; tiny, wide: 0, a batch of the embedded world]"),
     "text": ("train against", 1022, "text tokens of a row, or of the prompt"),
     "visual": ("train against", 1024, "visual tokens of a row, or of the prompt"),
-    "tokens": ("train against", int, "of the embedded world's micro-batch [5000; large models 2000]"),
+    "tokens": ("train against", int, "of the embedded world's batch [2000; tiny, wide: 5000]"),
     "recompute": ("train against", False, "as in distill.py: less memory, more time"),
     "questions": ("against", 16, "pages answered at once"),
     "new": ("against", 32, "tokens of each answer"),
-    "T": ("scan", int, "positions [8192 on a GPU, else 16384]"),
-    "H": ("scan", int, "heads [32 on a GPU, else 8]"),
+    "T": ("scan", int, "positions [16384; GPU: 8192]"),
+    "H": ("scan", int, "heads [8; GPU: 32]"),
     "G": ("scan", 8, "groups"),
-    "P": ("scan", int, "head and state dim [128 on a GPU, else 64]"),
+    "P": ("scan", int, "head and state dim [64; GPU: 128]"),
     "batch": ("scan", 1, "rows"),
     "ssd_minimal": ("scan", "", "where ssd_minimal.py is"),
-    "repeats": ("contexts train against scan", 2, "rounds, beside the warm-up"),
+    "repeats": ("contexts train against scan", int, "rounds [2; contexts on a CPU: 1]"),
     "device": ("contexts train against scan", "", "cuda or cpu [cuda where there is one]"),
-    "dtype": ("contexts train against scan", "", "of weights and activations [bfloat16 on a GPU, else float32]"),
-    "label": ("contexts train against scan", "", "added to the device's name in bench.json, to keep runs apart"),
-    "out": ("contexts train against scan", str(ROOT / "paper" / "results"), "folder of bench.json and pictures"),
+    "dtype": ("contexts train against scan", "", "of weights and activations [float32; GPU: bfloat16]"),
+    "label": ("contexts train against scan", "", "added to the device's name, to keep runs apart"),
+    "out": ("contexts train against scan", str(ROOT / "paper/results"), "folder of bench.json"),
 }
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser("bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("bench.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, f in COMMANDS.items():
+    for command in COMMANDS:
         one = commands.add_parser(command)
         for name, (of, default, why) in FLAGS.items():
-            if command in of.split():
-                kind = dict(action="store_true") if default is False else \
-                    dict(type=type(default[0]), default=default, nargs="+") if isinstance(default, list) else \
-                    dict(type=default) if isinstance(default, type) else dict(type=type(default), default=default)
-                one.add_argument("--" + name.replace("_", "-"), help=why, **kind)
+            flag = "--" + name.replace("_", "-")
+            if command not in of.split():
+                continue
+            if default is False:
+                one.add_argument(flag, help=why, action="store_true")
+            elif isinstance(default, type):
+                one.add_argument(flag, help=why, type=default)
+            elif isinstance(default, list):
+                one.add_argument(flag, help=why, type=int, nargs="+", default=default)
+            else:
+                one.add_argument(flag, help=why, type=type(default), default=default)
     opt = parser.parse_args(argv)
     if getattr(opt, "ssd_minimal", "") and not Path(opt.ssd_minimal).is_file():
         parser.error(f"--ssd-minimal {opt.ssd_minimal}: there is no such file")
@@ -488,10 +512,14 @@ def parse(argv):
     opt.dtype = str(dtype_of(opt.dtype, opt.device)).removeprefix("torch.")
     opt.model = getattr(opt, "model", "scan")
     cuda, small = opt.device == "cuda", opt.model in ("tiny", "wide")
-    chosen = dict(budget=torch.cuda.get_device_properties(0).total_memory / GB if cuda else 4.0,
-                  chunk=512 if opt.command == "contexts" and not cuda else 0, tokens=5000 if small else 2000,
-                  rows=4 if opt.command == "train" and not small else 0,
-                  T=8192 if cuda else 16384, H=32 if cuda else 8, P=128 if cuda else 64)
+    chosen = dict(chunk=512 if opt.command == "contexts" and not cuda else 0, rows=0 if small else 4,
+                  tokens=5000 if small else 2000, T=8192 if cuda else 16384, H=32 if cuda else 8,
+                  P=128 if cuda else 64, budget=4.0,
+                  repeats=1 if opt.command == "contexts" and not cuda else 2)
+    if cuda:
+        chosen["budget"] = torch.cuda.get_device_properties(0).total_memory / GB
+    if opt.command == "against":                          # trains on the embedded world
+        opt.rows = 0
     for name, value in chosen.items():
         if getattr(opt, name, 0) is None:
             setattr(opt, name, value)
@@ -500,8 +528,9 @@ def parse(argv):
 
 def main(argv):
     opt = parse(argv)
-    # One thread can be timed on a busy machine; beside a GPU the CPU only draws the mixers' weights.
-    torch.set_num_threads(os.cpu_count() if opt.device == "cuda" else int(os.environ["OMP_NUM_THREADS"]))
+    # One thread can be timed on a busy machine. Beside a GPU, the CPU only draws mixers' weights.
+    cpu = opt.device == "cpu"
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]) if cpu else os.cpu_count())
     Path(opt.out).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         try:

@@ -1,11 +1,11 @@
-"""What bench.py measures: models that read, write, train and scan, ours and others'; and what these must hold, read and
-compute at the least, whoever does it. A contender is a class whose methods are its tasks.
+"""What bench.py measures: models that read, write, train and scan, ours and others'; and what these
+must hold, read and compute at the least, whoever does it. A contender's methods are its tasks.
 
     Reader, TransformersReader      prompts, decode steps, answers
-    Trainer, TransformersTrainer    a distillation step; theirs the obvious way
-    Scanner                         mamba2.ssd; ssd_minimal_discrete and the Triton kernels of state-spaces (mamba_ssm/
-                                    modules/ssd_minimal.py of github.com/state-spaces/mamba, read from where you keep
-                                    it); transformers' stand-in for these kernels
+    Trainer, TransformersTrainer    a distillation step; theirs is the obvious way
+    Scanner                         mamba2.ssd; state-spaces' ssd_minimal_discrete (mamba_ssm/modules/
+                                    ssd_minimal.py of github.com/state-spaces/mamba, read from where
+                                    you keep it) and Triton kernels; transformers' stand-in for these
 
 Letters: B batch, T positions, D model width, H heads, G key/value groups, P head dim, V vocabulary.
 """
@@ -16,6 +16,7 @@ import sys
 import types
 import warnings
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -26,42 +27,44 @@ import torch.nn.functional as F
 import distill
 import loop
 import mamba2
-from data import IGNORED, Batch, Plan, Processor, collate, loader
+from data import IGNORED, Batch, Plan, Processor, collate, following, loader
 from model import Attention, Config, KVCache, Qwen3VL, TextConfig, VisionConfig, to_hybrid
 from synthdoc import World
 
 ROOT, GB = Path(__file__).parents[1], 2 ** 30
-ROOM, TOKEN = 256, 20     # positions that a random cache leaves for decoding, and what is written there
-SHAPES = {                # what differs from the embedded teacher: text, vision, whether embeddings are tied
-    "tiny": ({}, {}, True),
-    "wide": (dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=16, num_attention_heads=8,
-                  num_key_value_heads=2, head_dim=64, mrope_section=[12, 10, 10]),
+PROGRESS = {1: 0.05, 2: 0.2, 3: 0.7}      # shares of the budget in the midst of each stage
+ROOM, TOKEN = 256, 20     # positions that a random cache leaves for decoding, and what comes there
+SHAPES = {                # what differs from the embedded teacher: text, vision, tied embeddings
+    "wide": (dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=16, head_dim=64,
+                  num_attention_heads=8, num_key_value_heads=2, mrope_section=[12, 10, 10]),
              dict(out_hidden_size=512), True),
-    "2b": (dict(vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28,
-                num_attention_heads=16, num_key_value_heads=8, head_dim=128, mrope_section=[24, 20, 20]),
+    "2b": (dict(vocab_size=151936, hidden_size=2048, intermediate_size=6144, head_dim=128,
+                num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+                mrope_section=[24, 20, 20]),
            dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, patch_size=16,
-                out_hidden_size=2048, num_position_embeddings=2304, deepstack_visual_indexes=[5, 11, 17]), True),
+                out_hidden_size=2048, num_position_embeddings=2304,
+                deepstack_visual_indexes=[5, 11, 17]), True),
     "8b": (asdict(TextConfig()), asdict(VisionConfig()), False),
 }
 
-# ---------------------------------------------------------------------------------------------------------
-# Models and what they read
+# ---- Models and what they read ----
 
 
 def folder_of(model, scratch):
-    """model itself; where it has no tokenizer, scratch with its shape and the embedded tokenizer and ids."""
+    """model; where that has no tokenizer, scratch with its shape and the embedded tokenizer."""
     tiny = Config.from_folder(ROOT / "tiny")
     if model == "tiny":
         return str(ROOT / "tiny")
     if model in SHAPES:
         text, vision, tied = SHAPES[model]
-        config = replace(tiny, text=replace(tiny.text, **text), vision=replace(tiny.vision, **vision),
-                         tie_word_embeddings=tied)
+        config = replace(tiny, text=replace(tiny.text, **text), tie_word_embeddings=tied,
+                         vision=replace(tiny.vision, **vision))
     elif (Path(model) / "tokenizer.json").is_file():
         return str(model)
     else:
         bare = Config.from_folder(model)
-        config = replace(tiny, **{n: getattr(bare, n) for n in ("text", "vision", "tie_word_embeddings")})
+        config = replace(tiny, text=bare.text, vision=bare.vision,
+                         tie_word_embeddings=bare.tie_word_embeddings)
     (Path(scratch) / "config.json").write_text(json.dumps(config.to_json()))
     shutil.copy(ROOT / "tiny" / "tokenizer.json", scratch)
     return str(scratch)
@@ -86,9 +89,10 @@ def build(opt):
 def as_transformers(model, own=False):
     """transformers' model on the same tensors, or with own=True on copies."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration as Theirs
-    config = {k: v for k, v in model.config.to_json().items() if k not in ("architectures", "model_type")}
+    config, device = model.config.to_json(), model.lm_head.weight.device
+    config = Qwen3VLConfig(**{k: config[k] for k in config.keys() - {"architectures", "model_type"}})
     with torch.device("meta"):
-        theirs = Theirs._from_config(Qwen3VLConfig(**config), attn_implementation="sdpa")
+        theirs = Theirs._from_config(config, attn_implementation="sdpa")
     state = {k: v.clone() if own else v for k, v in model.state_dict().items()}
     theirs.load_state_dict(state, assign=True)
     theirs.tie_weights()
@@ -96,7 +100,7 @@ def as_transformers(model, own=False):
         if "inv_freq" in name:
             owner, _, last = name.rpartition(".")
             n, theta = len(buffer), 1e4 if "visual" in name else model.config.text.rope_theta
-            frequencies = theta ** -(torch.arange(n, device=model.lm_head.weight.device).float() / n)
+            frequencies = theta ** -(torch.arange(n, device=device).float() / n)
             theirs.get_submodule(owner).register_buffer(last, frequencies, persistent=False)
     return theirs.requires_grad_(False).eval()
 
@@ -107,7 +111,7 @@ def random_ids(config, rows, T):
 
 
 def random_batch(config, rows, text, visual):
-    """Batch of equal rows: an image of about `visual` visual tokens (0: none), then `text` supervised tokens."""
+    """Batch of equal rows: an image of about `visual` tokens (0: none), then `text` supervised ones."""
     torch.manual_seed(0)                                  # the same for all contenders
     v, side = config.vision, round(visual ** 0.5)         # of the square image, in visual tokens
     seen = side ** 2 + 2 * (visual > 0)
@@ -120,43 +124,47 @@ def random_batch(config, rows, text, visual):
     ids[:, 0], ids[:, 1:seen - 1], ids[:, seen - 1] = \
         config.vision_start_token_id, config.image_token_id, config.vision_end_token_id
     side *= v.spatial_merge_size                          # in patches
-    pixels = torch.randn(rows * side ** 2, v.in_channels * v.temporal_patch_size * v.patch_size ** 2)
-    return Batch(ids, mask, labels, pixels, torch.tensor([[1, side, side]] * rows), names, names)
+    patch = v.in_channels * v.temporal_patch_size * v.patch_size ** 2
+    grids = torch.tensor([[1, side, side]] * rows)
+    return Batch(ids, mask, labels, torch.randn(rows * side ** 2, patch), grids, names, names)
 
 
 def world_batch(opt):
     """A micro-batch of the embedded world, as distill.py draws it."""
     world, processor = World("train", 0), Processor(opt.folder)
     plan = Plan(world, processor, 0, opt.tokens, opt.tokens)
-    return next(iter(loader(world, processor, plan))).to(opt.device)
+    return replace(next(iter(loader(world, processor, plan))), last=True).to(opt.device)
 
 
 def questions(opt):
-    """Evaluation pages of the embedded world, each with a question: a left-padded batch of opt.questions."""
+    """opt.questions evaluation pages of the embedded world, each with one: a left-padded batch."""
+    if opt.command != "against":
+        return None
     world, processor = World("eval", 0, "reading"), Processor(opt.folder)
     samples = [replace(world[i], messages=world[i].messages[:1]) for i in range(opt.questions)]
     encoded = [processor.encode(sample, add_generation_prompt=True) for sample in samples]
     return collate(encoded, processor.pad_id, side="left").to(opt.device)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What must be held, read and computed
+# ---- What must be held, read and computed ----
 
 
 def state_bytes(text, width):
-    """Of a Mamba-2 layer and row: the state (fp32) and the convolution's last inputs. width: bytes of a number."""
+    """Of a Mamba-2 layer and row: the state (fp32) and the convolution's last inputs.
+    width: bytes of a number."""
     H, G, P = text.num_attention_heads, text.num_key_value_heads, text.head_dim
     return H * P * P * 4 + 3 * (2 * G + H) * P * width
 
 
 def cache_bytes(text, mixers, T, width, rows=1):
     """What decoding carries along after T positions, where `mixers` of the layers have Mamba-2."""
-    keys_and_values = 2 * text.num_key_value_heads * T * text.head_dim * width
-    return rows * (keys_and_values * (text.num_hidden_layers - mixers) + mixers * state_bytes(text, width))
+    attention = 2 * text.num_key_value_heads * T * text.head_dim * width              # keys, values
+    attention *= text.num_hidden_layers - mixers
+    return rows * (attention + mixers * state_bytes(text, width))
 
 
 def held(states):
-    """What cache_bytes counts, on the tensors; room to spare in attention's buffers does not count."""
+    """What cache_bytes counts, on the tensors; room to spare in buffers does not count."""
     return sum((t[:, :, :s.length] if isinstance(s, KVCache) else t).numel() * t.element_size()
                for s in states for t in s if isinstance(t, torch.Tensor))
 
@@ -168,13 +176,18 @@ def largest_batch(budget, weights, row):
 
 def matrices(*modules):
     """Weights that every position is multiplied with."""
-    return sum(m.weight.numel() for module in modules for m in module.modules() if isinstance(m, nn.Linear))
+    linear = [m for module in modules for m in module.modules() if isinstance(m, nn.Linear)]
+    return sum(m.weight.numel() for m in linear)
 
 
 def mixing_flops(layers, T):
-    """What mixers compute beside their linear layers: causal attention, or mamba2.ssd in chunks of P."""
-    return sum(T * m.config.num_attention_heads * m.config.head_dim
-               * (2 * T if isinstance(m, Attention) else 8 * m.config.head_dim) for m in (z.self_attn for z in layers))
+    """What mixers compute beside linear layers: causal attention, or mamba2.ssd in chunks of P."""
+    total = 0
+    for mixer in (layer.self_attn for layer in layers):
+        P = mixer.config.head_dim
+        each = 2 * T if isinstance(mixer, Attention) else 8 * P
+        total += mixer.config.num_attention_heads * T * P * each
+    return total
 
 
 def forward_flops(layers, T):
@@ -182,43 +195,48 @@ def forward_flops(layers, T):
 
 
 def tower_flops(tower, grids):
-    lengths = [h * w for t, h, w in grids.tolist() for _ in range(t)]
-    merged = sum(lengths) // tower.config.spatial_merge_size ** 2
-    linear = sum(lengths) * matrices(tower.blocks) + merged * matrices(tower.merger, tower.deepstack_merger_list)
-    return 2 * linear + 4 * tower.config.depth * tower.config.hidden_size * sum(n ** 2 for n in lengths)
+    if grids is None:
+        return 0
+    c, lengths = tower.config, [h * w for t, h, w in grids.tolist() for _ in range(t)]
+    linear = sum(lengths) * matrices(tower.blocks)
+    mergers = matrices(tower.merger, tower.deepstack_merger_list)
+    linear += sum(lengths) // c.spatial_merge_size ** 2 * mergers
+    return 2 * linear + 4 * c.depth * c.hidden_size * sum(n ** 2 for n in lengths)
 
 
 def step_flops(o, batch, stage):
-    """Of a micro-batch of the Distillation `o`: for each weight and position two forward, two for the gradient of
-    what goes in, where that leads to a mixer, and two for the weight's own, where it trains."""
+    """Of a micro-batch of the Distillation `o`: for each weight and position two forward, two for the
+    gradient of what goes in, where that leads to a mixer, and two for the weight's own, where it
+    trains."""
     (rows, T), c = batch.ids.shape, o.student.config.text
     teacher, student = list(o.teacher.layers), list(o.student.layers)
     mixed = [student[i] for i in o.replaced]
     total = 2 * T * sum(p.numel() for p in o.mixers.values() if p.requires_grad and p.dim() > 1)
     if stage == 3:
         # The student forward, once more with --recompute, and back, where mixing costs twice.
-        total += forward_flops(teacher, T) + forward_flops(student, T) * (2 + o.student.recompute)
-        total += mixing_flops(student, T)
+        total += forward_flops(teacher, T) + mixing_flops(student, T)
+        total += forward_flops(student, T) * (2 + o.student.recompute)
+        # Both logits are made twice, and the student's differentiated.
         supervised = (batch.labels[:, 1:] != IGNORED).sum().item() / rows
-        total += 5 * 2 * supervised * c.vocab_size * c.hidden_size       # both logits made twice, one differentiated
+        total += 5 * 2 * supervised * c.vocab_size * c.hidden_size
     else:
-        total += forward_flops(teacher[:max(o.replaced) + 1], T) + forward_flops(mixed, T) + 2 * mixing_flops(mixed, T)
-        back = len(mixed) * c.num_attention_heads * c.head_dim * c.hidden_size                          # W_O
+        total += forward_flops(teacher[:max(o.replaced) + 1], T)
+        total += forward_flops(mixed, T) + 2 * mixing_flops(mixed, T)
+        back = len(mixed) * c.num_attention_heads * c.head_dim * c.hidden_size                    # W_O
         if o.cond.align == "residual":
             back += matrices(*(layer.mlp for layer in mixed))
         total += 2 * T * back
         if o.cond.weight == "fisher":                     # the teacher there and back
             total += 2 * forward_flops(teacher, T) + mixing_flops(teacher, T)
-    return rows * total + (tower_flops(o.teacher.visual, batch.grids) if batch.grids is not None else 0)
+    return rows * total + tower_flops(o.teacher.visual, batch.grids)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Reading and writing
+# ---- Reading and writing ----
 
 
 def lengthen(states, T, rows, shared):
-    """A short prompt's states -> those of `rows` rows after T positions: recurrent states repeated, keys and values
-    random. shared: one row of these stands for all, for who copies them into buffers of their own."""
+    """A short prompt's states -> those of `rows` rows after T positions: recurrent states repeated,
+    keys and values random. shared: one row stands for all, for who copies them into own buffers."""
     longer, keys = [], None
     for s in states:
         if not isinstance(s, KVCache):
@@ -232,8 +250,18 @@ def lengthen(states, T, rows, shared):
     return longer
 
 
+class Prompt:
+    """The last one drawn: only a first call spends time on that."""
+    key = batch = None
+
+    def __call__(self, opt, config, T, visual):
+        if self.key != (T, visual):
+            self.key, self.batch = (T, visual), random_batch(config, 1, T, visual).to(opt.device)
+        return self.batch
+
+
 class Reader:
-    """The teacher, or the hybrid made from it. With opt.text (bench.py against) prompts have a page in them."""
+    """The teacher, or the hybrid made from it."""
 
     def __init__(self, opt, name):
         self.opt, self.model = opt, build(opt)
@@ -241,36 +269,40 @@ class Reader:
             self.model = to_hybrid(self.model, opt.mixer)
         self.model.config.eos_token_id = []               # no answer ends early
         self.graph = opt.device == "cuda" and not opt.eager
-        self.asked = questions(opt) if opt.command == "against" else None
+        self.asked, self.prompt = questions(opt), Prompt()
 
     def rest(self):
-        self.states = self.decode = self.model.replayed = None          # the last ones must not count in what follows
+        """Drops the last states, which must not count in what follows."""
+        self.states = self.decode = self.model.replayed = None
 
     def prefill(self, T, visual=0):
         self.rest()
-        b = random_batch(self.model.config, 1, T, visual).to(self.opt.device)
-        chunk = self.opt.chunk or None
-        logits, self.states, self.position = self.model.prefill(b.ids, None, b.pixels, b.grids, chunk)
+        b = self.prompt(self.opt, self.model.config, T, visual)
+        logits, self.states, self.position = self.model.prefill(
+            b.ids, None, b.pixels, b.grids, self.opt.chunk or None)
         return logits[0]
 
     @torch.inference_mode()
     def begin(self, T, full):
-        """Readies decoding after T positions, which prefill has read unless T is given: then of one row, or of as many as
-        opt.budget holds."""
+        """Readies decoding after T positions; 0: after those that prefill has read. full: of as many
+        rows as opt.budget holds, else of one."""
         text, width = self.model.config.text, getattr(torch, self.opt.dtype).itemsize
         mixers = len((self.model.config.hybrid or {}).get("layers", ()))
-        weights, decoder = (sum(p.nbytes for part in parts for p in part.parameters()) for parts in (
-            [self.model], [self.model.layers, self.model.norm, self.model.lm_head]))
+        decoder = sum(p.nbytes for part in (self.model.layers, self.model.norm, self.model.lm_head)
+                      for p in part.parameters())
+        weights = sum(p.nbytes for p in self.model.parameters())
         # Replayed steps keep recurrent states three times more.
-        row = cache_bytes(text, mixers, T + ROOM, width) + 3 * self.graph * mixers * state_bytes(text, width)
+        row = cache_bytes(text, mixers, T + ROOM, width)
+        row += 3 * self.graph * mixers * state_bytes(text, width)
         rows = largest_batch(self.opt.budget * GB, weights, row) if full else 1
         if not rows:
-            raise ValueError(f"{self.opt.budget:.1f} GB do not hold the weights and one row")
-        while not self.lengthened(T, rows):               # the count is of what is kept, not of scratch
+            raise ValueError(f"{self.opt.budget:.3g} GB do not hold the weights and one row")
+        while not self.lengthened(T, rows):               # what was counted leaves out scratch
             rows -= max(1, rows // 16)
         T = T or int(self.position[0])
-        return dict(batch=rows, weights=weights, held=self.held, counted=cache_bytes(text, mixers, T, width, rows),
-                    reads=decoder + self.held, flops=forward_flops(self.model.layers, T) + 2 * text.hidden_size * text.vocab_size)
+        flops = forward_flops(self.model.layers, T) + 2 * text.hidden_size * text.vocab_size
+        return dict(batch=rows, weights=weights, reads=decoder + self.held, held=self.held,
+                    counted=cache_bytes(text, mixers, T, width, rows), flops=flops)
 
     def lengthened(self, T, rows):
         """Whether there is memory for so many rows."""
@@ -280,11 +312,15 @@ class Reader:
                 self.states = lengthen(self.states, T, rows, self.graph)
                 self.position = (self.position + T - 16).repeat(rows)
             self.held, self.tokens = held(self.states), torch.full_like(self.position, TOKEN)
-            states, self.states = self.states, None       # start_decoding empties the list as it goes
+            states, self.states = self.states, None       # start_decoding empties the list
             with warnings.catch_warnings(record=True) as said:
-                self.decode = self.model.start_decoding(states, self.position, self.opt.steps + 2, self.graph)
-            if any("out of memory" in str(w.message) for w in said):
-                raise torch.OutOfMemoryError("a decode step cannot be captured")
+                warnings.simplefilter("always")
+                self.decode = self.model.start_decoding(
+                    states, self.position, self.opt.steps + 2, self.graph)
+            for sentence in (str(w.message) for w in said):
+                if "out of memory" in sentence:           # for the capture, though the buffers fit
+                    raise torch.OutOfMemoryError(sentence)
+                print(sentence)
             return True
         except torch.OutOfMemoryError:
             if rows == 1:
@@ -295,8 +331,8 @@ class Reader:
         return self.decode(self.tokens)[0]
 
     def generate(self):
-        a = self.asked
-        return torch.tensor(self.model.generate(a.ids, a.mask, a.pixels, a.grids, self.opt.new, graph=self.graph))
+        a, n = self.asked, self.opt.new
+        return torch.tensor(self.model.generate(a.ids, a.mask, a.pixels, a.grids, n, graph=self.graph))
 
 
 class TransformersReader:
@@ -306,7 +342,7 @@ class TransformersReader:
         model = build(opt)
         self.opt, self.config, self.model = opt, model.config, as_transformers(model)
         self.model.generation_config.eos_token_id = None
-        self.asked = questions(opt) if opt.command == "against" else None
+        self.asked, self.prompt = questions(opt), Prompt()
 
     def rest(self):
         self.cache = None
@@ -314,10 +350,12 @@ class TransformersReader:
     @torch.inference_mode()
     def prefill(self, T, visual=0):
         self.rest()
-        b = random_batch(self.config, 1, T, visual).to(self.opt.device)
-        self.model.model.rope_deltas = None
-        out = self.model(**their_inputs(b, self.config), use_cache=True, logits_to_keep=1)
-        self.cache, self.token = out.past_key_values, torch.full((1, 1), TOKEN, device=self.opt.device)
+        b = self.prompt(self.opt, self.config, T, visual)
+        inputs = their_inputs(b, self.config) if visual else dict(input_ids=b.ids)
+        self.model.model.rope_deltas, self.position = None, None if visual else T
+        out = self.model(**inputs, use_cache=True, logits_to_keep=1)
+        self.cache = out.past_key_values
+        self.token = torch.full((1, 1), TOKEN, device=self.opt.device)
         return out.logits[0, -1]
 
     def begin(self, T, full):
@@ -325,15 +363,22 @@ class TransformersReader:
             raise ValueError("it is measured with one row only")
         if T:
             self.prefill(16)
+            self.position = T
             for layer in self.cache.layers:
                 shape = (1, layer.keys.shape[1], T, layer.keys.shape[3])
                 layer.keys, layer.values = (torch.randn(shape, dtype=t.dtype, device=t.device)
                                             for t in (layer.keys, layer.values))
-        return dict(batch=1, held=sum(t.nbytes for layer in self.cache.layers for t in (layer.keys, layer.values)))
+        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+        return dict(batch=1, held=size)
 
     @torch.inference_mode()
     def step(self):
-        return self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True).logits[0, -1]
+        where = {}
+        if self.position is not None:                     # of text; after a page it counts itself
+            where["position_ids"] = torch.full((3, 1, 1), self.position, device=self.opt.device)
+            self.position += 1
+        out = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True, **where)
+        return out.logits[0, -1]
 
     def generate(self):
         inputs = their_inputs(self.asked, self.config)
@@ -342,55 +387,51 @@ class TransformersReader:
 
 
 def their_inputs(b, config):
-    pages = {} if b.pixels is None else dict(pixel_values=b.pixels, image_grid_thw=b.grids)
-    return dict(input_ids=b.ids, attention_mask=b.mask.long(), mm_token_type_ids=(b.ids == config.image_token_id).int(),
-                **pages)
+    return dict(input_ids=b.ids, attention_mask=b.mask.long(), pixel_values=b.pixels,
+                image_grid_thw=b.grids, mm_token_type_ids=(b.ids == config.image_token_id).int())
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Training
+# ---- Training ----
 
 
 class Trainer:
-    """A micro-batch and the update after it, as loop.run has them, at a rate that leaves the student alone. It is the
-    same student for all conditions, and AdamW's moments exist from the start, as in every step of a run but its
-    first."""
+    """A micro-batch and the update after it, as loop.train has them, at a rate that leaves the student
+    alone. It is the same student for all conditions, and AdamW's moments exist from the start, as in
+    every step of a run but its first."""
 
     def __init__(self, opt, *conds):
         def settings(cond):
-            flags = ["--teacher", opt.folder, "--cond", cond, "--device", opt.device, "--dtype", opt.dtype]
+            flags = dict(teacher=opt.folder, cond=cond, device=opt.device, dtype=opt.dtype)
+            flags = [word for name, value in flags.items() for word in ("--" + name, value)]
             return loop.parse(distill.DistillSettings, distill.DEFAULTS, flags)
-        teacher, self.opt, self.s = build(opt), opt, settings(conds[0])
+        self.s, self.ranks = settings(conds[0]), loop.Ranks(0, 1, torch.device(opt.device))
+        teacher = build(opt)
         student = distill.convert(self.s, teacher)
         teacher.recompute = student.recompute = opt.recompute
         self.objectives = {c: distill.Distillation(settings(c), teacher, student) for c in conds}
         self.parameters = list(self.objectives[conds[0]].parameters().values())
         for p in self.parameters:
             p.requires_grad_(True)
-        self.optimiser = torch.optim.AdamW(loop.groups(self.parameters, self.s.weight_decay), lr=1e-12, betas=(0.9, 0.95))
+        groups = loop.groups(self.parameters, self.s.weight_decay)
+        self.optimiser = torch.optim.AdamW(groups, lr=1e-12, betas=(0.9, 0.95))
         self.autocast = torch.autocast(opt.device, torch.bfloat16, enabled=opt.dtype == "bfloat16")
-        self.batch = random_batch(teacher.config, opt.rows, opt.text, opt.visual).to(opt.device) if opt.rows \
-            else world_batch(opt)
+        self.batch = world_batch(opt) if not opt.rows else \
+            random_batch(teacher.config, opt.rows, opt.text, opt.visual).to(opt.device)
         self.update(1)                                    # gradients of zero make moments of zero
 
     def micro(self, cond, stage):
-        """-> loss, and by how much it is to be divided."""
+        """-> the loss, by position."""
         self.optimiser.zero_grad(set_to_none=True)        # those of a step that failed
-        label, _ = self.objectives[cond].prepare({1: 0.05, 2: 0.2, 3: 0.7}[stage])
-
-        def backward(part):
-            with torch.autocast(self.opt.device, enabled=False):
-                part.backward()
-            return part.detach()
-        with self.autocast:
-            loss, self.count, _ = self.objectives[cond].loss(self.batch, label, backward)
-        return torch.stack([loss / self.count])
+        objective = self.objectives[cond]
+        label, _ = objective.prepare(PROGRESS[stage])
+        sums, *_ = loop.accumulate(objective, [self.batch], label, self.ranks.device, self.autocast)
+        self.count = sums["count"]
+        return torch.stack([sums["loss"] / self.count])
 
     def update(self, count=None):
         """-> the gradient's norm."""
-        ranks = loop.Ranks(0, 1, torch.device(self.opt.device))
-        loop.reduce_gradients(ranks, self.parameters, count or self.count)
-        norm = loop.clip_gradients(ranks, self.parameters, self.s.clip)
+        loop.reduce_gradients(self.ranks, self.parameters, count or self.count)
+        norm = loop.clip_gradients(self.ranks, self.parameters, self.s.clip)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         return norm
@@ -402,7 +443,7 @@ class Trainer:
 
     def counts(self, cond, stage):
         """-> tokens and floating-point operations of a micro-batch."""
-        self.objectives[cond].prepare({1: 0.05, 2: 0.2, 3: 0.7}[stage])
+        self.objectives[cond].prepare(PROGRESS[stage])
         return int(self.batch.mask.sum()), step_flops(self.objectives[cond], self.batch, stage)
 
 
@@ -424,8 +465,8 @@ class Slot(nn.Module):
 
 
 class TransformersTrainer:
-    """The obvious way: transformers' teacher, a second full copy with exchanged layers, all logits. In Stages 1 and 2
-    its layers read what hooks saw the teacher's read, and one backward pass follows."""
+    """The obvious way: transformers' teacher, a second full copy with exchanged layers, all logits.
+    In Stages 1 and 2 its layers read what the teacher's read, and one backward pass follows."""
 
     def __init__(self, opt, their_scan):
         source = build(opt)
@@ -433,29 +474,33 @@ class TransformersTrainer:
         self.opt, self.S = opt, hybrid.config.hybrid["layers"]
         mixers = {i: hybrid.layers[i].self_attn.float().requires_grad_() for i in self.S}
         self.teacher, self.student = as_transformers(source), as_transformers(source, own=True)
-        self.layers, self.seen = self.student.model.language_model.layers, {}
+        self.layers, self.read, self.made = self.student.model.language_model.layers, {}, {}
         for i, mixer in mixers.items():
             self.layers[i].self_attn = Slot(mixer, their_scan)
             self.teacher.model.language_model.layers[i].register_forward_hook(
-                lambda m, args, given, out, i=i: self.seen.update(
-                    {i: (args[0] if args else given["hidden_states"], out)}), with_kwargs=True)
-        self.named = [(n, p) for mixer in mixers.values() for n, p in mixer.named_parameters()]
+                partial(self.see, i), with_kwargs=True)
+        self.named = [named for mixer in mixers.values() for named in mixer.named_parameters()]
         self.inherited, self.parameters = mixers[self.S[0]].INHERITED, [p for _, p in self.named]
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=1e-12, betas=(0.9, 0.95), weight_decay=0.01)
+        self.optimiser = torch.optim.AdamW(self.parameters, lr=1e-12, betas=(0.9, 0.95))
         self.batch = world_batch(opt)
         self.inputs = dict(their_inputs(self.batch, source.config), use_cache=False)
+
+    def see(self, i, layer, args, given, out):
+        self.read[i], self.made[i] = args[0] if args else given["hidden_states"], out
 
     def loss(self, stage):
         with torch.no_grad():
             t = self.teacher(**self.inputs)
         if stage < 3:
-            error = [distill.drift(self.layers[i](self.seen[i][0], position_embeddings=None), self.seen[i][1])
-                     for i in self.S]
+            made = [self.layers[i](self.read[i], position_embeddings=None) for i in self.S]
+            error = [distill.drift(y, self.made[i]) for i, y in zip(self.S, made)]
             return torch.stack(error).mean(0)[self.batch.mask].mean()
-        target = distill.following(self.batch.labels)
-        log_q, log_p = (z.float().log_softmax(-1) for z in (self.student(**self.inputs).logits, t.logits))
-        kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)[target != IGNORED].mean()
-        return kl + 0.1 * F.nll_loss(log_q.flatten(0, 1), target.flatten(), ignore_index=IGNORED)
+        target = following(self.batch.labels)
+        log_q = self.student(**self.inputs).logits.float().log_softmax(-1)
+        log_p = t.logits.float().log_softmax(-1)
+        kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+        ce = F.nll_loss(log_q.flatten(0, 1), target.flatten(), ignore_index=IGNORED)
+        return kl[target != IGNORED].mean() + 0.1 * ce
 
     def train(self, stage):
         for n, p in self.named:
@@ -469,8 +514,7 @@ class TransformersTrainer:
         return torch.stack([loss.detach()])
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The scan
+# ---- The scan ----
 
 
 def our_scan(chunk, path=None, kernels="0"):
@@ -494,14 +538,16 @@ def ssd_minimal(chunk, path):
     """The listing as a module, without the kernel that it imports for a test of its own."""
     module, stub = types.ModuleType("ssd_minimal"), types.ModuleType("stub")
     stub.mamba_chunk_scan_combined = None
-    names = ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", "mamba_ssm.ops.triton.ssd_combined")
+    parts = "mamba_ssm", "ops", "triton", "ssd_combined"
+    names = [".".join(parts[:n]) for n in (1, 2, 3, 4)]
     with patch.dict(sys.modules, dict.fromkeys(names, stub)):
         exec(compile(Path(path).read_text(), path, "exec"), module.__dict__)
 
     def run(*args):
         x, dt, A, B, C = as_heads(*args)
         pad = -x.shape[1] % chunk                         # the listing wants whole chunks
-        X, A, B, C = (F.pad(z, (0, 0) * (z.dim() - 2) + (0, pad)) for z in (x * dt[..., None], dt * A, B, C))
+        X, A, B, C = (F.pad(z, (0, 0) * (z.dim() - 2) + (0, pad))
+                      for z in (x * dt[..., None], dt * A, B, C))
         return module.ssd_minimal_discrete(X, A, B, C, chunk)[0][:, :x.shape[1]].to(args[0].dtype)
     return run
 
@@ -521,7 +567,7 @@ def recurrence(x, dt, A, B, C):
     return torch.stack(ys, 1)
 
 
-SCANS = {                                                 # how to make the function, chunk sizes to try
+SCANS = {                 # how to make the function, chunk sizes to try
     "ours": (our_scan, (None,)),
     "Triton": (triton_scan, (None,)),
     "ssd_minimal": (ssd_minimal, (64, 128, 256)),
@@ -535,12 +581,14 @@ class Scanner:
         self.args, self.weight = self.inputs(opt.T)
 
     def inputs(self, T):
-        """Arguments of a scan, with decays from quick to slow, x, B and C in opt.dtype; and the gradient of y."""
+        """Arguments of a scan, with decays from quick to slow; and the gradient of y."""
         torch.manual_seed(0)
         b, H, G, P = self.opt.batch, self.opt.H, self.opt.G, self.opt.P
-        x, B, C, weight = (torch.randn(b, T, n, P).to(getattr(torch, self.opt.dtype)) for n in (G, G, H, H))
+        x, B, C, weight = (torch.randn(b, T, n, P) for n in (G, G, H, H))
+        x, B, C, weight = (z.to(getattr(torch, self.opt.dtype)) for z in (x, B, C / P ** 0.5, weight))
         dt, A = F.softplus(torch.randn(b, T, H) - 4), -torch.exp(torch.rand(H))
-        return [z.to(self.opt.device).requires_grad_() for z in (x, dt, A, B, C / P ** 0.5)], weight.to(self.opt.device)
+        x, dt, A, B, C, weight = (z.to(self.opt.device) for z in (x, dt, A, B, C, weight))
+        return [z.requires_grad_() for z in (x, dt, A, B, C)], weight
 
     def forward(self):
         with torch.no_grad():
@@ -550,7 +598,7 @@ class Scanner:
         there_and_back(self.f, self.args, self.weight)
 
     def errors(self, T=300):
-        """Of y, and the largest of a gradient: relative to the recurrence in fp64 on the same inputs."""
+        """Of y, and the largest of a gradient: relative to the recurrence in fp64, same inputs."""
         args, weight = self.inputs(T)
         a = there_and_back(self.f, args, weight)
         b = there_and_back(recurrence, [z.detach().double().requires_grad_() for z in args], weight)
