@@ -259,26 +259,27 @@ def where(marks):
     def shared(a, b):
         return sorted(set(marks.get(a, ())) & set(marks.get(b, ())))
 
-    def gains(a, b, choose):
-        return [100 * (choose(marks[a][s]) - choose(marks[b][s])) for s in shared(a, b)]
+    def gains(a, b, choose):                              # of per cents, as in the tables, so that both round alike
+        return [choose(marks[a][s]) - choose(marks[b][s]) for s in shared(a, b)]
 
-    groups = {"by family": {f: gains("c4", "c3", lambda m: np.mean([int(c) for c in m[f]]))
+    groups = {"by family": {f: gains("c4", "c3", lambda m: 100 * np.mean([int(c) for c in m[f]]))
                             for families in SUITES.values() for f in families}}
     rows = groups["on the emptier and the fuller half of each family's pages"] = {}
     for suite, families in SUITES.items():                # within families, or fullness would stand for one of them
         shares = [fullness(suite, QUESTIONS)[i::len(families)].argsort(kind="stable") for i in range(len(families))]
         for name, part in (("emptier", 0), ("fuller", 1)):
             halves = [np.array_split(order, 2)[part] for order in shares]
-            rows[f"{suite}, {name}"] = gains("c4", "c3", lambda m: np.mean([
+            rows[f"{suite}, {name}"] = gains("c4", "c3", lambda m: 100 * np.mean([
                 np.array([int(c) for c in m[f]])[half].mean() for f, half in zip(families, halves)]))
     axes = {"reading, by token budget": ((100, "-100k"), (TOKENS // 1000, ""), (500, "-500k"), (1000, "-1000k")),
             "reading, by visual tokens of a page": ((49, "-page7"), (100, ""), (196, "-page14")),
             "reading, by share of layers that keep attention": (("1 of 2", "-keep2"), ("1 of 4", ""), ("1 of 8", "-keep8"))}
     for group, ends in axes.items():
         groups[group] = {f"{1000 * name:,}" if "budget" in group else str(name): gains(
-            f"c4{end}", f"c3{end}", lambda m: scores(m)["reading"] / 100) for name, end in ends}
+            f"c4{end}", f"c3{end}", lambda m: scores(m)["reading"]) for name, end in ends}
     groups["where density misranks (trained on such pages)"] = {
-        f: gains("c4-regimes", "c3-regimes", lambda m: np.mean([int(c) for c in m[f]])) for f in REGIMES["regimes"]}
+        f: gains("c4-regimes", "c3-regimes", lambda m: 100 * np.mean([int(c) for c in m[f]]))
+        for f in REGIMES["regimes"]}
     groups = {group: {name: values for name, values in rows.items() if values} for group, rows in groups.items()}
     return {group: rows for group, rows in groups.items() if len(rows) > 1}
 
