@@ -1,13 +1,13 @@
 """Which positions a hybrid loses, and which ones the answer needs: the diagnosis of Sect. 3, A.7 and B.3.
 
-    python diagnose.py --student out/c1                             # the embedded world, 64 pages, some minutes
-    python diagnose.py --student out/c1 out/c3 out/c4               # the same, and the drift of two more beside it
-    python diagnose.py --teacher Qwen3-VL-8B-Instruct --student out/c1 --data heldout.jsonl --images 1000
+    python -m paper.diagnose --student out/c1                       # the embedded world, 64 pages, some minutes
+    python -m paper.diagnose --student out/c1 out/c3 out/c4         # the same, and the drift of two more beside it
+    python -m paper.diagnose --teacher Qwen3-VL-8B-Instruct --student out/c1 --data heldout.jsonl --images 1000
 
 Each sample with an image (a page) goes once through teacher and student side by side (drift, attention), once
 backward through the teacher (the Fisher weights that density stands in for), and often through the teacher with
 positions hidden (importance). The rest is statistics, in numpy. It prints a table of the paper's figures beside ours;
-that, results.json with all figures, and two pictures go to results/diagnose.
+that, results.json with all figures, and two pictures go to paper/results/diagnose.
 
     code        paper                  shape    unit
     drift       delta_{l,p}, Sect. 3.1 (L, T)   length of student's minus teacher's residual; row l-1 is layer l = 1..L
@@ -28,11 +28,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
+from scipy import stats
 from tqdm import tqdm
 
 from data import IGNORED, BadSample, Processor, flattened, open_image, read_data
@@ -41,6 +43,9 @@ from distill import drift as squared_drift
 from fisher import fisher_scores
 from model import Qwen3VL, device_of, dtype_of, rotate
 from synthdoc import SUITES, World
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
 
 GROUPS = 10                                               # deciles of density
 DRAWS = 1000                                              # bootstrap resamples (A.7)
@@ -167,17 +172,10 @@ def measure(teacher, student, page, image, each, said=("", ""), others=None):
 # Statistics: numpy arrays in, numbers out
 
 
-def ranks(x):
-    """(n,) -> (n,) ranks from 1; equal values share the mean of theirs."""
-    _, which, count = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count - 1) / 2)[which]
-
-
 def spearman(x, y):
-    """Rank correlation of (n,) and (n,): Pearson's, of the ranks. nan if one of them is constant."""
-    a, b = (r - r.mean() for r in (ranks(x), ranks(y)))
-    scale = math.sqrt((a @ a) * (b @ b))
-    return float(a @ b / scale) if scale else math.nan
+    """Rank correlation of (n,) and (n,); nan if one of them is constant."""
+    constant = np.ptp(x) == 0 or np.ptp(y) == 0
+    return math.nan if constant else float(stats.spearmanr(x, y).statistic)
 
 
 def gram(columns):
@@ -377,149 +375,104 @@ def table(results):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Pictures, with Pillow alone: drawn at twice the size and halved, which smooths lines
+# Pictures
 
-INK, GREY, GRID = (40, 40, 48), (120, 120, 130), (226, 226, 230)
-RED, BLUE, GREEN, OCHRE, PALE = (178, 58, 92), (44, 98, 160), (60, 140, 100), (200, 140, 40), (196, 196, 204)
-
-
-def ticks(low, high, most=5):
-    """Round numbers within [low, high], at most so many steps."""
-    step = 10 ** math.floor(math.log10((high - low) / most))
-    step = next(step * k for k in (1, 2, 5, 10) if (high - low) / (step * k) <= most)
-    return [step * k for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-class Chart:
-    """One of six charts on a sheet, `cell` = (row, column). Above the plot: title, what y is, legend (label: colour);
-    below: names of x (position: name), what x is. The y axis reaches from 0 over all of `ys`."""
-
-    def __init__(self, sheet, cell, title, y, x, span, names, ys, legend):
-        self.pen, x0, y0 = ImageDraw.Draw(sheet), 60 + 1120 * cell[1], 48 + 820 * cell[0]
-        self.text(x0, y0, title, 17, INK)
-        self.text(x0, y0 + 46, y, 13, GREY)
-        ys = [v for v in ys if math.isfinite(v)] + [0]
-        self.low, self.high = min(ys), max(ys) + 0.05 * (max(ys) - min(ys)) or 1.0
-        self.span, self.frame = span, (x0 + 96, y0 + 130, x0 + 1020, y0 + 660)
-        left, top, right, bottom = self.frame
-        for label, colour in legend.items():
-            self.pen.rectangle([x0, y0 + 84, x0 + 24, y0 + 100], fill=colour)
-            self.text(x0 + 34, y0 + 92, label, 13, INK, "lm")
-            x0 += 70 + int(self.pen.textlength(label, ImageFont.load_default(26)))
-        for v in ticks(self.low, self.high):
-            height = self.at(0, v)[1]
-            self.pen.line([left, height, right, height], GRID if v else GREY, 2)
-            self.text(left - 12, height, f"{v:.6g}", 13, GREY, "rm")
-        for v, name in names.items():
-            self.text(self.at(v, 0)[0], bottom + 12, name, 13, GREY, "ma")
-        self.text((left + right) / 2, bottom + 50, x, 13, GREY, "ma")
-
-    def text(self, x, y, text, size, colour, anchor="la"):
-        self.pen.text((x, y), text, colour, ImageFont.load_default(2 * size), anchor=anchor)
-
-    def at(self, x, y):
-        left, top, right, bottom = self.frame
-        return (left + (x - self.span[0]) / (self.span[1] - self.span[0]) * (right - left),
-                bottom - (y - self.low) / (self.high - self.low) * (bottom - top))
-
-    def band(self, lows, highs, colour):
-        edge = [*enumerate(highs, 1), *reversed([*enumerate(lows, 1)])]
-        self.pen.polygon([self.at(*spot) for spot in edge], tuple((3 * 255 + c) // 4 for c in colour))
-
-    def line(self, ys, colour):
-        """ys at x = 1, 2, ..."""
-        spots = [self.at(i, v) for i, v in enumerate(ys, 1) if math.isfinite(v)]
-        self.pen.line(spots, colour, 5, "curve")
-        for x, y in spots:
-            self.pen.ellipse([x - 8, y - 8, x + 8, y + 8], colour)
-
-    def bar(self, x0, x1, y, colour, whisker=()):
-        if math.isfinite(y) and y != 0:
-            (a, b), (c, d) = self.at(x0, 0), self.at(x1, y)
-            self.pen.rectangle([a, min(b, d), c, max(b, d)], fill=colour)
-        if len(whisker) and np.isfinite(whisker).all():
-            ends = [self.at((x0 + x1) / 2, v) for v in whisker]
-            self.pen.line(ends, INK, 3)
-            for x, y in ends:
-                self.pen.line([x - 10, y, x + 10, y], INK, 3)
+# Okabe and Ito's colours, which the colour-blind tell apart
+RED, BLUE, GREEN, OCHRE, PALE = "#D55E00", "#0072B2", "#009E73", "#E69F00", "#c4c4cc"
+TENTHS = np.arange(1, GROUPS + 1)
+PAPER_TENTHS = {"drift": (0.078, 0.281), "together": (0.041, 0.143)}      # Fig. 3: least dense, densest
 
 
 def draw_charts(results, path):
     """A to C: Fig. 3 with its inset. D: B with single positions. E: drift by layer. F: B.3."""
-    sheet, importance = Image.new("RGB", (2240, 2460), "white"), results["importance"]
-    tenth = "tenth of the visual positions, 1 the least dense, {} pages"
-    fall, mean = "fall of the teacher's answer score as it is hidden, nats per token", "the teacher's mean and 95 % interval"
-    for cell, title, what, figures in (
-            ((0, 0), "A  Residual drift", "mean length of student minus teacher, all layers; band: 95 % interval",
-             {results["student"]: results["drift"]} | results["drift_of_others"]),
-            ((0, 1), "B  Importance of a tenth", fall, {mean: importance["together"]}),
-            ((1, 1), "D  Importance of one position", fall, {mean: importance.get("alone")})):
-        figures = {name: v for name, v in figures.items() if v}
-        if figures:
-            colours = dict(zip(figures, (RED, BLUE, GREEN, OCHRE) * len(figures)))
-            chart = Chart(sheet, cell, title, what, tenth.format(min(v["pages"] for v in figures.values())),
-                          (0.5, GROUPS + 0.5), {i: str(i) for i in range(1, GROUPS + 1)},
-                          np.ravel([v["means"] for v in figures.values()]), colours)
-            for name, v in figures.items():
-                chart.band(*[*zip(*v["means"])][1:], colours[name])
-            for name, v in figures.items():
-                chart.line([mean for mean, _, _ in v["means"]], colours[name])
+    figure, axes = plt.subplots(3, 2, figsize=(9, 10), layout="constrained")
+    importance, student = results["importance"], results["student"]
+    fall = "fall of the teacher's answer score, nats a token"
+    drawn = draw_tenths(axes[0, 0], {student: results["drift"]} | results["drift_of_others"])
+    axes[0, 0].set(title="A  Residual drift", ylabel=f"|student − teacher|, mean over layers\n({drawn} pages)")
+    drawn = draw_tenths(axes[0, 1], {"a tenth hidden": importance["together"]}, PAPER_TENTHS["together"])
+    axes[0, 1].set(title="B  Importance of a tenth", ylabel=f"{fall}\n({drawn} pages)")
+    if alone := importance.get("alone"):
+        drawn = draw_tenths(axes[1, 1], {"one position hidden": alone})
+        axes[1, 1].set(title="D  Importance of one position", ylabel=f"{fall}\n({drawn} pages)")
+    draw_explained(axes[1, 0], results["regression"]["all positions and layers"])
 
-    main = results["regression"]["all positions and layers"]
-    rows, theirs = [*main["unique"].values(), main["joint"]], [float(v.split()[0]) for v in PAPER.values()]
-    chart = Chart(sheet, (1, 0), "C  What explains drift", "share of its variance (semi-partial R squared)",
-                  "predictor", (0.4, 5.6),
-                  dict(enumerate(["density", "token type", "layer depth", "attention", "all four"], 1)),
-                  [*np.ravel(rows), *theirs], {"here, 95 % interval": RED, "the paper": PALE})
-    for i, (row, paper) in enumerate(zip(rows, theirs), 1):
-        chart.bar(i - 0.34, i - 0.02, row[0], RED, row[1:])
-        chart.bar(i + 0.02, i + 0.34, paper, PALE)
+    lines, layers = results["drift_by_layer"], np.arange(1, len(results["drift_by_layer"]["text"]) + 1)
+    for (name, ys), colour in zip(lines.items(), (RED, BLUE, GREEN)):
+        axes[2, 0].plot(layers, ys, "o-", color=colour, ms=4, label=name)
+    kept = [i for i in layers if i - 1 not in results["replaced"]]
+    axes[2, 0].plot(kept, np.zeros(len(kept)), "^", color="black", clip_on=False, label="keeps attention")
+    axes[2, 0].set(title=f"E  Residual drift of {student} by layer", xlabel="layer", ylabel="|student − teacher|",
+                   ylim=(0, None))
+    axes[2, 0].legend(fontsize=8)
 
-    lines = results["drift_by_layer"]
-    L, colours = len(lines["text"]), dict(zip(lines, (RED, BLUE, GREEN)))
-    names = {i: f"{i}" + "*" * (i - 1 not in results["replaced"]) for i in range(1, L + 1, math.ceil(L / 18))}
-    chart = Chart(sheet, (2, 0), f"E  Residual drift of {results['student']} by layer",
-                  "mean length of student minus teacher", "layer (* keeps attention)", (0.5, L + 0.5), names,
-                  np.ravel([*lines.values()]), colours)
-    for name, ys in lines.items():
-        chart.line(ys, colours[name])
-
-    edges, colours = np.linspace(-1, 1, 21), {"all visual positions": RED, "densest quarter": BLUE}
-    counts = [np.histogram(results["fisher"][key]["values"], edges)[0] for key in ("overall", "top_quarter")]
-    chart = Chart(sheet, (2, 1), "F  Density and Fisher weight", "pages", "Spearman's rank correlation within a page",
-                  (-1, 1), {v: f"{v:g}" for v in (-1, -0.5, 0, 0.5, 1)}, [5, *np.ravel(counts)], colours)
-    for k, colour in enumerate(colours.values()):
-        for left, n in zip(edges, counts[k]):
-            chart.bar(left + 0.01 + 0.04 * k, left + 0.05 + 0.04 * k, int(n), colour)
-    sheet.resize((1120, 1230), Image.Resampling.LANCZOS).save(path)
+    edges = np.linspace(-1, 1, 21)
+    names = {"overall": "all visual positions", "top_quarter": "densest quarter"}
+    axes[2, 1].hist([[v for v in results["fisher"][key]["values"] if v is not None and math.isfinite(v)] for key in names],
+                    edges, color=[RED, BLUE], label=list(names.values()))
+    for mean, colour, style in ((0.63, RED, "--"), (0.71, BLUE, ":")):
+        axes[2, 1].axvline(mean, color=colour, ls=style, lw=1.5, label=f"the paper's mean, {mean}")
+    axes[2, 1].set(title="F  Density and Fisher weight", xlabel="Spearman's rank correlation within a page", ylabel="pages")
+    axes[2, 1].legend(fontsize=8)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.title.set(size=10, weight="bold")
+        axis.tick_params(labelsize=8)
+        axis.xaxis.label.set_size(8)
+        axis.yaxis.label.set_size(8)
+        axis.set_visible(axis.has_data())
+    figure.savefig(path, dpi=100, metadata={"Software": None})                # the same figures, the same bytes
+    plt.close(figure)
 
 
-def draw_pages(pages, path, count=4, side=200):
-    """The first pages: picture, density, drift (mean over layers) and importance, one square per visual token; below
+def draw_tenths(axis, named, paper=None):
+    """Means by tenth of the visual positions with their 95 % intervals; the paper's outer tenths where they are of the
+    same unit. -> of how many pages."""
+    named = {name: figures for name, figures in named.items() if figures}
+    for (name, figures), colour in zip(named.items(), (RED, BLUE, GREEN, OCHRE)):
+        mean, low, high = np.array(figures["means"], dtype=float).T
+        axis.fill_between(TENTHS, low, high, color=colour, alpha=0.2, lw=0)
+        axis.plot(TENTHS, mean, "o-", color=colour, ms=4, label=name)
+    if paper:
+        axis.plot((1, GROUPS), paper, "D", color="black", mfc="none", label="the paper")
+    axis.set(xlabel="tenth of the visual positions, 1 the least dense", xticks=TENTHS)
+    axis.legend(fontsize=8)
+    return min(figures["pages"] for figures in named.values())
+
+
+def draw_explained(axis, fit):
+    """What each predictor explains of drift that the others do not, beside the paper's."""
+    rows = np.array([*fit["unique"].values(), fit["joint"]], dtype=float)
+    places = np.arange(len(rows))
+    axis.bar(places - 0.2, rows[:, 0], 0.38, color=RED, label="here, 95 % interval",
+             yerr=np.abs(rows[:, 1:] - rows[:, :1]).T, error_kw=dict(lw=1, capsize=3))
+    axis.bar(places + 0.2, [float(v.split()[0]) for v in PAPER.values()], 0.38, color=PALE, label="the paper")
+    axis.set_xticks(places, ["density", "token type", "layer depth", "attention", "all four"])
+    axis.set(title="C  What explains drift", ylabel="share of its variance (semi-partial R²)")
+    axis.legend(fontsize=8)
+
+
+def draw_pages(pages, path, count=4):
+    """The first pages: picture, density, drift (mean over layers) and importance, one square per visual token; above
     each its question and answer. Of several images the first."""
-    head = ["page", "density", "drift"] + ["importance"] * (pages[0].alone is not None)
-    sheet = Image.new("RGB", (20 + (side + 12) * len(head), 66 + (side + 40) * len(pages[:count])), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for j, name in enumerate(head):
-        pen.text((20 + (side + 12) * j, 14), name, INK, font)
-    for i, one in enumerate(pages[:count]):
-        h, w = one.grid
-        scale, top = side / max(one.image.size), 40 + (side + 40) * i
-        size = tuple(max(1, round(v * scale)) for v in one.image.size)
-        sheet.paste(one.image.resize(size, Image.Resampling.LANCZOS), (20, top))
-        for j, values in enumerate((one.rho, one.drift[:, one.visual].mean(0), one.alone)[:len(head) - 1], 1):
-            corner = (20 + (side + 12) * j, top)
-            if values is None:
-                pen.text(corner, "not measured", GREY, font)
-            else:
-                v = values[:h * w].reshape(h, w)
-                v = 255 - 235 * (v - v.min()) / max(np.ptp(v), 1e-12)
-                sheet.paste(Image.fromarray(v.astype(np.uint8)).resize(size, Image.Resampling.NEAREST), corner)
-        question, answer = (" ".join(text.split())[:60] for text in one.said)
-        pen.text((20, top + side + 6), question, INK, font)
-        pen.text((30 + pen.textlength(question, font), top + side + 6), answer, RED, font)
-    pen.text((20, sheet.height - 24), "Each map is white at its least value and black at its largest.", GREY, font)
-    sheet.save(path)
+    pages = pages[:count]
+    head = ["density", "drift"] + ["importance"] * (pages[0].alone is not None)
+    figure, axes = plt.subplots(len(pages), len(head) + 1, figsize=(2.2 * len(head) + 2.4, 2.5 * len(pages)),
+                                squeeze=False, layout="constrained")
+    for row, one in zip(axes, pages):
+        (h, w), maps = one.grid, (one.rho, one.drift[:, one.visual].mean(0), one.alone)
+        question, answer = (" ".join(text.split())[:48] for text in one.said)
+        row[0].imshow(one.image)
+        row[0].set_title(f"{question} {answer}", size=7)
+        for axis, name, values in zip(row[1:], head, maps):
+            if values is not None:
+                axis.imshow(values[:h * w].reshape(h, w), cmap="Greys")
+            axis.set_title(f"{name}{' (not measured)' * (values is None)}", size=8)
+        for axis in row:
+            axis.set(xticks=[], yticks=[])
+    figure.supxlabel("Each map is white at its least value and black at its largest.", size=8)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -579,7 +532,7 @@ def main(arguments=None):
     p.add_argument("--seed", type=int, default=1, help="of the embedded world; evaluate.py asks about 0")
     p.add_argument("--device", default="", help="cuda or cpu; default: cuda where there is one")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on cuda, else float32")
-    p.add_argument("--out", type=Path, default=Path("results/diagnose"))
+    p.add_argument("--out", type=Path, default=Path("paper/results/diagnose"))
     a = p.parse_args(arguments)
     try:                                                  # user errors end in a sentence, not a traceback
         if a.images < 2 or a.alone < 0:

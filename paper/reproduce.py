@@ -1,20 +1,21 @@
-"""The paper's tables at laptop scale: every run, every seed, paired differences -> RESULTS.md.
+"""The paper's tables at laptop scale: every run, every seed, paired differences -> paper/RESULTS.md.
 
-    python reproduce.py                             # the whole programme: run what is missing, write RESULTS.md
-    python reproduce.py table1 ledger               # two of its tables
-    python reproduce.py --write                     # only write RESULTS.md from results/*.json
-    python reproduce.py table1 --seeds 5 --jobs 2   # two runs of one thread each
-    python reproduce.py table1 --again              # the same runs once more: how far do they repeat?
+    python -m paper.reproduce                             # the whole programme: what is missing, then RESULTS.md
+    python -m paper.reproduce table1 ledger               # two of its tables
+    python -m paper.reproduce --write                     # only write RESULTS.md from results/runs.jsonl
+    python -m paper.reproduce table1 --seeds 5 --jobs 2   # two runs of one thread each
+    python -m paper.reproduce table1 --again              # the same runs once more: how far do they repeat?
 
-A run is one command of `distill.py` or `sft_dpo.py` in a process of its own and one judgement of its student on
-evaluation pages, which training never draws. What is kept of it is results/<run>.json: its settings and one 0 or 1
-per question, so that any two runs can be paired. A run with its file is not repeated, a file made under other
-settings is refused, and a run that was interrupted goes on from its checkpoint. All conditions have the same budget, settings,
-data order and initial mixers for the same seed. Settings were chosen on training pages; one choice, what student
-layers read in Stages 1/2, was taken up again after evaluation pages had shown no gain of C4, and decided on
-training pages too (README, ledger 4).
+A run is one command of distill.py or sft_dpo.py in a process of its own and one judgement of its student
+on evaluation pages, which training never draws. What is kept of it is one line of results/runs.jsonl: its
+settings and one 0 or 1 per question, so that any two runs can be paired. A run with its line is not
+repeated, a line made under other settings is refused, and a run that was interrupted goes on from its
+checkpoint. All conditions have the same budget, settings, data order and initial mixers for the same seed.
+Settings were chosen on training pages; one choice, what student layers read in Stages 1/2, was taken up
+again after evaluation pages had shown no gain of C4, and decided on training pages too (ledger 4).
 """
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -27,10 +28,14 @@ from functools import cache
 from pathlib import Path
 from threading import Lock
 
+import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from scipy import stats
 
 from synthdoc import CELL, REGIMES, SUITES, World
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
 
 TOKENS, QUESTIONS = 250_000, 2_000                        # of a distillation; a suite
 HERE = Path(__file__).parents[1]
@@ -61,7 +66,7 @@ TABLES = {
     "regimes": ("Appendix A: pages on which density misranks, by family", {
         f"{c}-regimes": f"--cond {c} --suite regimes" for c in ("c1", "c3", "c4", "c5")}),
 }
-BELOW = "<!-- `python reproduce.py --write` writes all that follows from results/*.json -->"
+BELOW = "<!-- `python -m paper.reproduce --write` writes all that follows from results/runs.jsonl -->"
 PHASES, TEACHERS = ("sft", "dpo"), ("teacher", "teacher-page7", "teacher-page14")
 FLAGS = {"teacher": ""} | {name: flags for _, rows in TABLES.values() for name, flags in rows.items()}
 COLUMNS = SUITES | {family: [family] for family in REGIMES["regimes"]}
@@ -85,8 +90,6 @@ PAIRS = {
     **{(f"c4-{end}", f"c3-{end}"): () for end in ("100k", "500k", "1000k", "page7", "page14", "keep2", "keep8")},
     ("c3-regimes", "c1-regimes"): (), ("c4-regimes", "c3-regimes"): (), ("c5-regimes", "c4-regimes"): (),
 }
-# Student's t, 97.5 %, by degrees of freedom: beyond so many standard errors a mean of n + 1 seeds is marked
-T975 = dict(enumerate((12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), 1))
 
 
 def judge(folder, page, suites):
@@ -151,47 +154,59 @@ def differences(theirs, ours):
     return found
 
 
+# ---------------------------------------------------------------------------------------------------------
+# runs.jsonl: a line a run, appended by any number of jobs; of two lines for one run the later counts
+
+
+def read(results):
+    """-> {(run, seed, again): what was stored}, in the order of their names."""
+    lines = map(json.loads, results.read_text().splitlines() if results.exists() else [])
+    stored = {(d["run"], d["seed"], d["again"]): d for d in lines}
+    return dict(sorted(stored.items()))
+
+
+def keep(results, stored):
+    """Appends one line, in one write under a lock, so that jobs do not mix theirs."""
+    with open(results, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps(stored) + "\n")
+    print(f"{stored['run']}, seed {stored['seed']}: "
+          f"{', '.join(f'{s} {v:.1f}' for s, v in scores(stored['marks']).items())}", flush=True)
+
+
 def refuse_stale(results):
-    for file in sorted(results.glob("*-seed*.json")):
-        stored = json.loads(file.read_text())
-        if stored["run"] not in FLAGS:
-            continue
-        if changed := differences(stored["settings"], settings_of(stored["run"], stored["seed"])):
-            sys.exit(f"{file.name} was made under other settings ({', '.join(changed)}): remove it to run it again")
+    for (name, seed, _), stored in read(results).items():
+        if name in FLAGS and (changed := differences(stored["settings"], settings_of(name, seed))):
+            sys.exit(f"{name}, seed {seed} in {results.name} was made under other settings ({', '.join(changed)}): "
+                     "remove its line to run it again")
 
 
 busy = defaultdict(Lock)                                  # a run that two others wait for is run once
 
 
-def one(name, seed, results, wanted="result"):
+def one(name, seed, results, wanted="result", again=False):
     """Trains and judges one student, unless its result is there, or its folder when that is `wanted`."""
     with busy[name, seed]:
-        file = results / f"{name}-seed{seed}.json"
-        out = HERE / "out" / ("again" if results.name == "again" else "reproduce") / f"{name}-seed{seed}"
-        if file.exists() and (wanted == "result" or (out / "model.safetensors").exists()):
+        judged = (name, seed, again) in read(results)
+        out = HERE / "out" / ("again" if again else "reproduce") / f"{name}-seed{seed}"
+        if judged and (wanted == "result" or (out / "model.safetensors").exists()):
             return
         if FLAGS[name] in PHASES:
-            one(parent_of(name), seed, results, wanted="folder")
+            one(parent_of(name), seed, results, "folder", again)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{out}.txt", "a") as log:
             if name not in TEACHERS:
                 words = command(name, seed, out)
                 subprocess.run([sys.executable, *words], cwd=HERE, env=environment, check=True, stdout=log, stderr=log)
-            if file.exists():                             # judged before; only its folder was wanted
+            if judged:                                    # before; only its folder was wanted
                 return
             suites = SUITES | REGIMES if name == "teacher" else REGIMES if "--suite regimes" in FLAGS[name] else SUITES
             words = [str(HERE / "tiny" if name in TEACHERS else out), str(page_of(name)), *suites]
-            marks = subprocess.run([sys.executable, "-m", "paper.reproduce", "--judge", *words], cwd=HERE, env=environment,
-                                   check=True, stdout=subprocess.PIPE, stderr=log, text=True).stdout
-        keep(file, dict(run=name, flags=FLAGS[name], seed=seed, settings=settings_of(name, seed),
-                        marks=json.loads(marks.splitlines()[-1])))
-
-
-def keep(file, stored):
-    file.with_suffix(".tmp").write_text(json.dumps(stored, indent=1) + "\n")
-    os.replace(file.with_suffix(".tmp"), file)
-    print(f"{file.stem}: {', '.join(f'{s} {v:.1f}' for s, v in scores(stored['marks']).items())}", flush=True)
+            marks = subprocess.run([sys.executable, "-m", "paper.reproduce", "--judge", *words], cwd=HERE,
+                                   env=environment, check=True, stdout=subprocess.PIPE, stderr=log, text=True).stdout
+        keep(results, dict(run=name, seed=seed, again=again, flags=FLAGS[name], settings=settings_of(name, seed),
+                           marks=json.loads(marks.splitlines()[-1])))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -216,8 +231,8 @@ def spread(value, error, sign=""):
 
 
 def told_apart(mean, error, n):
-    """A mark where the 95 % interval of a mean over n seeds excludes 0."""
-    return " †" if error is not None and abs(mean) > T975.get(n - 1, 1.96) * error else ""
+    """A mark where the 95 % t-interval of a mean over n seeds excludes 0."""
+    return " †" if error is not None and abs(mean) > stats.t.ppf(0.975, n - 1) * error else ""
 
 
 def difference(values):
@@ -244,99 +259,94 @@ def where(marks):
     def shared(a, b):
         return sorted(set(marks.get(a, ())) & set(marks.get(b, ())))
 
-    def gains(a, b, choose):
-        return [100 * (choose(marks[a][s]) - choose(marks[b][s])) for s in shared(a, b)]
+    def gains(a, b, choose):                              # of per cents, as in the tables, so that both round alike
+        return [choose(marks[a][s]) - choose(marks[b][s]) for s in shared(a, b)]
 
-    groups = {"by family": {f: gains("c4", "c3", lambda m: np.mean([int(c) for c in m[f]]))
+    groups = {"by family": {f: gains("c4", "c3", lambda m: 100 * np.mean([int(c) for c in m[f]]))
                             for families in SUITES.values() for f in families}}
     rows = groups["on the emptier and the fuller half of each family's pages"] = {}
     for suite, families in SUITES.items():                # within families, or fullness would stand for one of them
         shares = [fullness(suite, QUESTIONS)[i::len(families)].argsort(kind="stable") for i in range(len(families))]
         for name, part in (("emptier", 0), ("fuller", 1)):
             halves = [np.array_split(order, 2)[part] for order in shares]
-            rows[f"{suite}, {name}"] = gains("c4", "c3", lambda m: np.mean([
+            rows[f"{suite}, {name}"] = gains("c4", "c3", lambda m: 100 * np.mean([
                 np.array([int(c) for c in m[f]])[half].mean() for f, half in zip(families, halves)]))
     axes = {"reading, by token budget": ((100, "-100k"), (TOKENS // 1000, ""), (500, "-500k"), (1000, "-1000k")),
             "reading, by visual tokens of a page": ((49, "-page7"), (100, ""), (196, "-page14")),
             "reading, by share of layers that keep attention": (("1 of 2", "-keep2"), ("1 of 4", ""), ("1 of 8", "-keep8"))}
     for group, ends in axes.items():
         groups[group] = {f"{1000 * name:,}" if "budget" in group else str(name): gains(
-            f"c4{end}", f"c3{end}", lambda m: scores(m)["reading"] / 100) for name, end in ends}
+            f"c4{end}", f"c3{end}", lambda m: scores(m)["reading"]) for name, end in ends}
     groups["where density misranks (trained on such pages)"] = {
-        f: gains("c4-regimes", "c3-regimes", lambda m: np.mean([int(c) for c in m[f]])) for f in REGIMES["regimes"]}
+        f: gains("c4-regimes", "c3-regimes", lambda m: 100 * np.mean([int(c) for c in m[f]]))
+        for f in REGIMES["regimes"]}
     groups = {group: {name: values for name, values in rows.items() if values} for group, rows in groups.items()}
     return {group: rows for group, rows in groups.items() if len(rows) > 1}
 
 
+INK, C3, C4 = "#333340", "#0072B2", "#D55E00"             # Okabe and Ito's blue and vermilion
+
+
 def draw_where(groups, path):
-    """Bars of the mean with whiskers of one standard error, a panel for each group; a single seed's bar is pale."""
-    font, ink, unit = ImageFont.load_default(13), (50, 50, 60), 0
-    for rows in groups.values():
-        for values in rows.values():
-            mean, _, error = mean_error(values)
-            unit = max(unit, abs(mean) + (error or 0))
-    height = sum(22 * len(rows) + 34 for rows in groups.values()) + 52
-    sheet = Image.new("RGB", (760, height), "white")
-    pen, zero, scale, y = ImageDraw.Draw(sheet), 470, 160 / max(unit, 1e-9), 10
-    pen.text((zero, y), "C3 better   |   C4 better", fill=ink, font=font, anchor="ma")
-    for group, rows in groups.items():
-        y += 26
-        pen.text((14, y), f"{group[0].upper()}{group[1:]}", fill=ink, font=font)
-        for name, values in rows.items():
-            y += 22
-            mean, _, error = mean_error(values)
-            pen.text((270, y), name, fill=ink, font=font, anchor="ra")
-            ends = sorted((zero, zero + mean * scale))
-            strong, pale = ((178, 58, 92), (226, 178, 194)) if mean > 0 else ((110, 130, 160), (192, 202, 218))
-            pen.rectangle([ends[0], y + 1, ends[1], y + 14], fill=pale if error is None else strong)
-            if error is not None:
-                whisker = [zero + (mean - error) * scale, y + 8, zero + (mean + error) * scale, y + 8]
-                pen.line(whisker, fill="white", width=4)
-                pen.line(whisker, fill=ink, width=2)
-            shown = difference(values).replace("†", "*")  # the font has no dagger
-            pen.text((742, y), f"{shown}  ({len(values)})", fill=ink, font=font, anchor="ra")
-        y += 8
-    pen.line([zero, 30, zero, y + 14], fill=ink)
-    pen.text((742, 10), "points (seeds); * not 0", fill=ink, font=font, anchor="ra")
+    """Means with whiskers of one standard error, a block for each group; a single seed's mark is hollow."""
+    rows = [(group, name, values) for group, named in groups.items() for name, values in named.items()]
+    figure, axis = plt.subplots(figsize=(8.3, 0.24 * len(rows) + 0.5 * len(groups) + 0.8), layout="constrained")
+    y, labels = 0.0, []
+    for i, (group, name, values) in enumerate(rows):
+        if i == 0 or rows[i - 1][0] != group:             # a heading of its own
+            y += 1.7
+            axis.text(0, y - 0.85, f"{group[0].upper()}{group[1:]}", transform=axis.get_yaxis_transform(),
+                      weight="bold", size=9, va="center")
+        mean, _, error = mean_error(values)
+        axis.errorbar(mean, y, xerr=error or 0, color=C4 if mean > 0 else C3, marker="o", capsize=2.5, lw=1.4, ms=5,
+                      mfc="white" if error is None else None)
+        axis.text(1.01, y, f"{difference(values)}  ({len(values)})", transform=axis.get_yaxis_transform(),
+                  size=8, va="center")
+        labels.append((y, name))
+        y += 1
+    axis.set_yticks([at for at, _ in labels], [name for _, name in labels], size=8)
+    axis.set_ylim(y, 0)
+    axis.axvline(0, color=INK, lw=0.8)
+    axis.grid(axis="x", color="#e2e3e7", lw=0.6)
+    axis.set_xlabel("C4 − C3, points of exact match; right of 0 C4 is better. Whiskers: one standard error; "
+                    "at the right mean ± error (seeds), † not 0", size=8)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+    save(figure, path)
+
+
+def save(figure, path):
+    """No date and no version in the file, so that the same figures give the same bytes."""
     path.parent.mkdir(exist_ok=True)
-    sheet.save(path)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    plt.close(figure)
 
 
 def draw_conditions(runs, path):
-    """A row for each condition and a column for each suite: a dot for each seed, a bar at their mean; the teacher is the
-    dashed line."""
-    font, ink, grid = ImageFont.load_default(26), (50, 50, 60), (226, 226, 230)
-    rows = [name for key in ("table1", "table5", "table8", "control") for name in TABLES[key][1]
-            if name in runs]
-    low = 10 * int(min(99, *(v for name in rows for scored in runs[name].values() for v in scored.values())) // 10)
-    sheet = Image.new("RGB", (1560, 150 + 56 * len(rows)), "white")        # drawn at twice its size
-    pen, bottom = ImageDraw.Draw(sheet), 76 + 56 * len(rows)
-    for i, name in enumerate(rows):
-        pen.text((206, 100 + 56 * i), name, fill=ink, font=font, anchor="rm")
-    for column, suite in enumerate(SUITES):
-        def at(value):
-            return 250 + 660 * column + 600 * (value - low) / (100 - low)
-        pen.text((at(low), 14), f"{suite.capitalize()}, % exact match", fill=ink, font=font)
-        for value in range(low, 101, 10):
-            pen.line([at(value), 66, at(value), bottom], fill=grid, width=2)
-            pen.text((at(value), bottom + 12), str(value), fill=ink, font=font, anchor="ma")
-        for y in range(66, bottom, 16) if "teacher" in runs else ():
-            pen.line([at(runs["teacher"][0][suite]), y, at(runs["teacher"][0][suite]), y + 8], fill=ink, width=3)
-        for i, name in enumerate(rows):
-            y, values = 100 + 56 * i, [scored[suite] for scored in runs[name].values()]
-            mean, strong = float(np.mean(values)), (178, 58, 92) if name == "c4" else (110, 130, 160)
-            for value in values:
-                pen.ellipse([at(value) - 8, y - 8, at(value) + 8, y + 8], outline=strong, width=3)
-            pen.line([at(mean), y - 20, at(mean), y + 20], fill=strong, width=7)
-    sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS).save(path)
+    """A row for each condition and a column for each suite: a dot for each seed, a bar at their mean; the teacher
+    dashed. The paper's figures are of other benchmarks, so they stand in the tables and not on these axes."""
+    rows = [name for key in ("table1", "table5", "table8", "control") for name in TABLES[key][1] if name in runs]
+    figure, axes = plt.subplots(1, len(SUITES), figsize=(8.3, 0.3 * len(rows) + 1), sharey=True, layout="constrained")
+    for axis, suite in zip(axes, SUITES):
+        for y, name in enumerate(rows):
+            values, colour = [scored[suite] for scored in runs[name].values()], C4 if name == "c4" else C3
+            axis.plot(values, [y] * len(values), "o", color=colour, mfc="none", ms=5)
+            axis.plot(np.mean(values), y, "|", color=colour, ms=14, mew=3)
+        if "teacher" in runs:
+            axis.axvline(runs["teacher"][0][suite], color=INK, ls="--", lw=1)
+        axis.set_xlabel(f"{suite}, % exact match")
+        axis.grid(axis="x", color="#e2e3e7", lw=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(rows)), rows)
+    axes[0].invert_yaxis()
+    save(figure, path)
 
 
 def repeated(results, runs):
     """Rows for runs that were run once more (--again), and the typical size of the change."""
     rows, changes = [], defaultdict(list)
-    for file in sorted((results / "again").glob("*-seed*.json")):
-        stored = json.loads(file.read_text())
-        if stored["seed"] not in runs.get(stored["run"], {}):
+    for (name, seed, again), stored in read(results).items():
+        if not again or seed not in runs.get(name, {}):
             continue
         first, second = runs[stored["run"]][stored["seed"]], scores(stored["marks"])
         for suite in SUITES:
@@ -350,12 +360,12 @@ def repeated(results, runs):
 
 
 def write(results):
-    """The tables of RESULTS.md and their figures from results/*.json."""
+    """The tables of RESULTS.md and their figures from results/runs.jsonl."""
     runs, marks = {}, {}
-    for file in sorted(results.glob("*-seed*.json")):
-        stored = json.loads(file.read_text())
-        runs.setdefault(stored["run"], {})[stored["seed"]] = scores(stored["marks"])
-        marks.setdefault(stored["run"], {})[stored["seed"]] = stored["marks"]
+    for (name, seed, again), stored in read(results).items():
+        if not again:
+            runs.setdefault(name, {})[seed] = scores(stored["marks"])
+            marks.setdefault(name, {})[seed] = stored["marks"]
     lines = [BELOW, "", "# The tables", "", f"Exact match in per cent on {QUESTIONS} "
              f"evaluation questions a suite; students after {TOKENS:,} tokens. ± is the standard deviation over seeds "
              "and, of differences, the standard error; these are paired: same seed, data order and, for the same mixer, "
@@ -364,9 +374,8 @@ def write(results):
              "OCRBench v2. Seeds 0 to 2 of the first runs were made on an AVX2 machine, the others on AVX-512.", ""]
 
     if set(TABLES["table1"][1]) & set(runs):
-        (HERE / "docs").mkdir(exist_ok=True)
         draw_conditions(runs, HERE / "docs" / "conditions.png")
-        lines += ["![Exact match by condition](docs/conditions.png)", "", "A dot for each seed, a bar at their mean, the "
+        lines += ["![Exact match by condition](../docs/conditions.png)", "", "A dot for each seed, a bar at their mean, the "
                       "teacher dashed.", ""]
     home = {name: key for key, (_, rows) in reversed(TABLES.items()) for name in rows}          # its first table
     for key, (title, rows) in TABLES.items():
@@ -406,13 +415,13 @@ def write(results):
                   "|---|---|---|---|", *again, ""]
     if groups := where(marks):
         draw_where(groups, HERE / "docs" / "where.png")
-        lines += ["## Where does density help?", "", "![C4 minus C3](docs/where.png)", "", "Whiskers: one standard "
+        lines += ["## Where does density help?", "", "![C4 minus C3](../docs/where.png)", "", "Whiskers: one standard "
                   "error over seeds; † as above. Families and halves are parts of the same questions; other groups are runs "
                   "of their own.", ""]
         for group, rows in groups.items():
             lines += [f"| C4 − C3, points, {group} | seeds | |", "|---|---|---|",
                       *(f"| {name} | {len(v)} | {difference(v)} |" for name, v in rows.items()), ""]
-    path = HERE / "paper" / "RESULTS.md"                            # what is said in words above the tables is written by hand
+    path = HERE / "paper" / "RESULTS.md"                  # the words above the tables are written by hand
     words = path.read_text().split(BELOW)[0] if path.exists() else ""
     path.write_text(words + "\n".join(lines).rstrip() + "\n")
 
@@ -422,7 +431,7 @@ def main():
     p.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}; default: all")
     p.add_argument("--seeds", type=int, help="default: 5 of table1, 3 of the others")
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    p.add_argument("--again", action="store_true", help="repeat runs that have results, into results/again")
+    p.add_argument("--again", action="store_true", help="repeat runs that have results")
     p.add_argument("--write", action="store_true", help="only write RESULTS.md")
     p.add_argument("--judge", nargs="+", metavar="FOLDER PAGE SUITE", help="print a model's marks (what a run calls)")
     a = p.parse_args()
@@ -432,11 +441,9 @@ def main():
         p.error("--seeds and --jobs must be at least 1")
     if a.judge:
         return print(json.dumps(judge(a.judge[0], int(a.judge[1]), a.judge[2:])))
-    results = HERE / "paper" / "results"
-    results.mkdir(exist_ok=True)
+    results = HERE / "paper" / "results" / "runs.jsonl"
+    results.parent.mkdir(parents=True, exist_ok=True)
     refuse_stale(results)
-    target = results / "again" if a.again else results
-    target.mkdir(exist_ok=True)
     if not a.write:
         tables = a.tables or list(TABLES)
         seeds = {table: a.seeds or (5 if table == "table1" else 3) for table in tables}
@@ -444,10 +451,10 @@ def main():
         wanted += [(name, seed) for seed in range(max(seeds.values())) for table in tables if seed < seeds[table]
                    for name in TABLES[table][1] if seed == 0 or name not in TEACHERS]
         if a.again:
-            wanted = [(name, seed) for name, seed in wanted
-                      if name not in TEACHERS and (results / f"{name}-seed{seed}.json").exists()]
+            there = read(results)
+            wanted = [(n, seed) for n, seed in wanted if n not in TEACHERS and (n, seed, False) in there]
         with ThreadPoolExecutor(a.jobs) as pool:
-            runs = {f"{name}-seed{seed}": pool.submit(one, name, seed, target) for name, seed in wanted}
+            runs = {f"{name}-seed{seed}": pool.submit(one, name, seed, results, again=a.again) for name, seed in wanted}
         failed = [name for name, run in runs.items() if run.exception()]
     write(results)
     if not a.write and failed:

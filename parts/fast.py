@@ -348,14 +348,6 @@ def delta_block(q, k, v, log_a, beta, state, Q):
     return y.view(b, H, T, P).transpose(1, 2), states[-1]
 
 
-def blocks(T, Q, n):
-    """Slices that cover T positions: n chunks of Q each, then fewer, then what is left and shorter
-    than Q."""
-    whole = T - T % Q
-    borders = [*range(0, whole, n * Q), whole] + [T] * (T > whole)
-    return [slice(a, b) for a, b in zip(borders, borders[1:])]
-
-
 class BlockScan(torch.autograd.Function):
     """block(*sequences, state, *constants, Q) from block to block; sequences (B,T,...), constants
     the rest.
@@ -367,10 +359,11 @@ class BlockScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, block, Q, n, sequences, *inputs):
         ctx.block, ctx.Q, ctx.sequences = block, Q, sequences
-        ctx.blocks, ys, states = blocks(inputs[0].shape[1], Q, n), [], [inputs[sequences]]
-        for at in ctx.blocks:
+        ctx.blocks = [slice(t, t + n * Q) for t in range(0, inputs[0].shape[1], n * Q)]
+        ys, states = [], [inputs[sequences]]
+        for at in ctx.blocks:                             # the last may have fewer chunks
             pieces = [z[:, at] for z in inputs[:sequences]]
-            y, state = block(*pieces, states[-1], *inputs[sequences + 1:], min(Q, at.stop - at.start))
+            y, state = block(*pieces, states[-1], *inputs[sequences + 1:], Q)
             ys.append(y)
             states.append(state)
         ctx.save_for_backward(*inputs, *states[1:-1])
@@ -388,7 +381,7 @@ class BlockScan(torch.autograd.Function):
             leaves = [(z[:, at] if i < m else z).detach().requires_grad_() for i, z in enumerate(inputs)]
             leaves[m] = state.detach().requires_grad_()
             with torch.enable_grad():
-                outputs = ctx.block(*leaves, min(ctx.Q, at.stop - at.start))
+                outputs = ctx.block(*leaves, ctx.Q)
             found = torch.autograd.grad(outputs, leaves, (dy[:, at], dstate))
             for i, g in enumerate(found):
                 if i < m:
@@ -398,6 +391,12 @@ class BlockScan(torch.autograd.Function):
             dstate = found[m]
         grads[m] = dstate
         return None, None, None, None, *grads
+
+
+def whole_chunks(Q, *sequences):
+    """(B,T,...) each, zeros behind them up to a multiple of Q: they add nothing, and decay nothing."""
+    short = -sequences[0].shape[1] % Q
+    return [F.pad(z, (0, 0) * (z.dim() - 2) + (0, short)) if short else z for z in sequences]
 
 
 def chunks_at_once(bh, Q):
@@ -418,7 +417,9 @@ def ssd_scan(x, dt, A, B, C, D, state, Q=None, n=None):
         return mamba_ssm_scan(kernels, x, dt, A, B, C, D, state)
     Q = Q or (128 if x.is_cuda else min(64, max(32, P)))
     if x.is_cuda or n:
-        return BlockScan.apply(ssd_block, Q, n or chunks_at_once(b * H, Q), 4, x, dt, B, C, state, A, D)
+        padded = whole_chunks(Q, x, dt, B, C)
+        y, state = BlockScan.apply(ssd_block, Q, n or chunks_at_once(b * H, Q), 4, *padded, state, A, D)
+        return y[:, :T], state
     rows = dt.mT.reshape(b * H, T, 1)
     A, D = (z.repeat(b).view(-1, 1, 1) for z in (A, D))
     y, state = ChunkedSSD.apply(x, rows, rows * A, B, C, D, state.flatten(0, 1), Q)
@@ -431,7 +432,9 @@ def delta_scan(q, k, v, log_a, beta, state, Q=None, n=None):
     b, T, H = log_a.shape
     Q = Q or min(64, max(32, v.shape[3]))
     if v.is_cuda or n:
-        return BlockScan.apply(delta_block, Q, n or chunks_at_once(b * H, Q), 5, q, k, v, log_a, beta, state)
+        padded = whole_chunks(Q, q, k, v, log_a, beta)
+        y, state = BlockScan.apply(delta_block, Q, n or chunks_at_once(b * H, Q), 5, *padded, state)
+        return y[:, :T], state
     rows = (z.mT.reshape(b * H, T, 1) for z in (log_a, beta))
     y, state = ChunkedDeltaRule.apply(q, k, v, *rows, state.flatten(0, 1), Q)
     return y, state.unflatten(0, (b, H))
