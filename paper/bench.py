@@ -406,7 +406,7 @@ def draw_contexts(opt, table):
                 if points:
                     ax.plot(*zip(*points), color=ink, **style)
         ax.set(yscale="log")
-        ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=EngFormatter(unit),
+        ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 4, 6, 8)), major_formatter=EngFormatter(unit),
                      minor_formatter=NullFormatter())
         ax.set_title(title + (", and its floor (dotted)" if key != "peak" else ""), loc="left")
     last = axes.flat[3]
