@@ -394,11 +394,11 @@ def draw_contexts(opt, table):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    panels = {"first_token": "time to first token, s", "step": "decode step at batch 1, s",
-              "peak": "peak memory of decoding at batch 1, bytes"}
-    for ax, (key, title) in zip(axes.flat, panels.items()):
+    panels = {"first_token": ("time to first token", "s"), "step": ("decode step at batch 1", "s"),
+              "peak": ("peak memory of decoding at batch 1", "B")}
+    for ax, (key, (title, unit)) in zip(axes.flat, panels.items()):
         for name, (ink, marker) in INKS.items():
             rows = [(T, at["batch 1"].get(name, {})) for T, at in table.items()]
             for what, style in ((key, dict(marker=marker, label=name)), (key + "_floor", dict(ls=":"))):
@@ -406,7 +406,8 @@ def draw_contexts(opt, table):
                 if points:
                     ax.plot(*zip(*points), color=ink, **style)
         ax.set(yscale="log")
-        ax.yaxis.set_major_formatter(EngFormatter())
+        ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=EngFormatter(unit),
+                     minor_formatter=NullFormatter())
         ax.set_title(title + (", and its floor (dotted)" if key != "peak" else ""), loc="left")
     last = axes.flat[3]
     for at, style in (("batch 1", "o-"), ("equal memory", "D--")):

@@ -227,7 +227,7 @@ def step_flops(o, batch, stage):
             back += matrices(*(layer.mlp for layer in mixed))
         total += 2 * T * back
         if o.cond.weight == "fisher":                     # the teacher there and back
-            total += 2 * forward_flops(teacher, T) + mixing_flops(teacher, T)
+            total += forward_flops(teacher, T) * (2 + o.teacher.recompute) + mixing_flops(teacher, T)
     return rows * total + tower_flops(o.teacher.visual, batch.grids)
 
 
