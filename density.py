@@ -26,11 +26,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
-from PIL import Image, ImageOps
 
-from data import BadSample, Processor, Sample, each, flattened, open_image, read_data
+from data import BadSample, Processor, Sample, each, read_data
 from model import Qwen3VL, device_of, dtype_of
 from parts.cache import Cache, contents, dequantise, quantise, tower_fingerprint, write_cache
+from parts.images import read_image
 from parts.picture import draw_map
 
 # ---- From features to density (Eq. 2) ------------------------------------------------------------
@@ -246,9 +246,7 @@ def draw_sample(teacher, processor, sample, path):
     """Writes the map of a sample's only image. -> its rho (n_visual,)"""
     encoded, rho = sample_density(teacher, processor, sample)
     m, (_, h, w) = teacher.config.vision.spatial_merge_size, encoded.grids[0].tolist()
-    image = sample.images[0]
-    if not isinstance(image, Image.Image):               # upright and on white, as the tower saw it
-        image = flattened(ImageOps.exif_transpose(open_image(image)))
+    image = read_image(sample.images[0])                 # upright and on white, as the tower saw it
     draw_map(image, rho.view(h // m, w // m)).save(path)
     return rho
 

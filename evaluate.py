@@ -30,11 +30,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data import BadSample, Processor, Sample, collate, flattened, open_image
+from data import BadSample, Processor, Sample, collate
 from model import Config, Qwen3VL, device_of, dtype_of
+from parts import images as pictures
 from parts.benchmarks import BENCHMARKS, EMBEDDED, HARNESS_TOKENS, SYSTEM
 
 # --------------------------------------------------------------------------------------------------
@@ -82,11 +83,9 @@ def read_image(cell, folder):
     cell = cell.get("bytes") or cell.get("path") if isinstance(cell, dict) else cell
     if not isinstance(cell, (str, bytes)):
         raise ValueError(f"{cell!r} is neither a path nor a file's bytes")
-    with open_image(BytesIO(cell) if isinstance(cell, bytes) else Path(folder) / cell) as image:
-        image = ImageOps.exif_transpose(image)             # as the package datasets does
-        # Like lmms-eval, convert() shows what lies under transparent pixels; training shows white.
-        # But it clips tones of more than 8 bits: those are read as in training.
-        return flattened(image) if image.mode[0] in "IF" else image.convert("RGB")
+    # Like lmms-eval, shows what lies under transparent pixels; training shows white.
+    return pictures.read_image(
+        BytesIO(cell) if isinstance(cell, bytes) else Path(folder) / cell, on_white=False)
 
 
 def find_image(reference):

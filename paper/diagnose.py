@@ -37,11 +37,12 @@ from PIL import Image
 from scipy import stats
 from tqdm import tqdm
 
-from data import IGNORED, BadSample, Processor, flattened, open_image, read_data
+from data import IGNORED, BadSample, Processor, read_data
 from density import image_densities
 from distill import drift as squared_drift
 from fisher import fisher_scores
 from model import Qwen3VL, device_of, dtype_of, rotate
+from parts.images import read_image
 from synthdoc import SUITES, World
 
 matplotlib.use("Agg")
@@ -514,7 +515,7 @@ def pages(a, processor):
         page = processor.encode(sample) if sample.images else None
         if page and (page.ids == processor.special["image_pad"]).sum() >= GROUPS and (page.labels != IGNORED).any():
             first = sample.images[0]
-            image = flattened(open_image(first) if isinstance(first, (str, Path)) else first)
+            image = read_image(first)
             image.thumbnail((400, 400))                   # a copy, for draw_pages
             texts = [part["text"] for m in sample.messages for part in m["content"] if part["type"] == "text"]
             yield page, image, (["", *texts[-2:]])[-2:]

@@ -835,3 +835,11 @@ def test_gallery_shows_disagreements_in_two_colours(tmp_path):
     shown = np.asarray(Image.open(tmp_path / "g.png"))
     page = np.asarray(World("eval", 0, "reading")[3].images[0].resize((170, 170), Image.Resampling.LANCZOS))
     assert shown.shape[0] == 10 + 2 * 190 and (shown[200:370, 10:180] == page).all()
+
+
+def test_a_16_bit_grey_keeps_its_tone_in_evaluation(tmp_path):
+    """20,000 of 65,535 is 78 of 255: by arithmetic, and what training reads."""
+    from PIL import Image
+    Image.fromarray(np.full((8, 8), 20_000, np.uint16)).save(tmp_path / "grey.png")
+    for cell in ("grey.png", (tmp_path / "grey.png").read_bytes(), {"path": "grey.png"}):
+        assert (np.asarray(E.read_image(cell, tmp_path)) == 78).all()
