@@ -1,9 +1,11 @@
-"""Curves of training runs side by side, from their logs: people would rather look than read log.jsonl.
+"""Curves of training runs side by side, from their logs: people would rather look than read
+log.jsonl.
 
     python -m paper.curves out/c3 out/c4                 # -> curves.png
     python -m paper.curves out/* --out all.png
 
-Stages 1 and 2 have drift, Stage 3 has KL; a dotted line marks where a stage begins. SFT and DPO have a loss alone.
+Stages 1 and 2 have drift, Stage 3 has KL; a dotted line marks where a stage begins. SFT and DPO
+have a loss alone.
 """
 import argparse
 import json

@@ -1,13 +1,16 @@
-"""Which positions a hybrid loses, and which ones the answer needs: the diagnosis of Sect. 3, A.7 and B.3.
+"""Which positions a hybrid loses, and which ones the answer needs: the diagnosis of Sect. 3, A.7
+and B.3.
 
-    python -m paper.diagnose --student out/c1                       # the embedded world, 64 pages, some minutes
+    python -m paper.diagnose --student out/c1           # the embedded world, 64 pages, some minutes
     python -m paper.diagnose --student out/c1 out/c3 out/c4         # the same, and the drift of two more beside it
-    python -m paper.diagnose --teacher Qwen3-VL-8B-Instruct --student out/c1 --data heldout.jsonl --images 1000
+    python -m paper.diagnose --teacher Qwen3-VL-8B-Instruct --student out/c1 --data heldout.jsonl
+    --images 1000
 
-Each sample with an image (a page) goes once through teacher and student side by side (drift, attention), once
-backward through the teacher (the Fisher weights that density stands in for), and often through the teacher with
-positions hidden (importance). The rest is statistics, in numpy. It prints a table of the paper's figures beside ours;
-that, results.json with all figures, and two pictures go to paper/results/diagnose.
+Each sample with an image (a page) goes once through teacher and student side by side (drift,
+attention), once backward through the teacher (the Fisher weights that density stands in for), and
+often through the teacher with positions hidden (importance). The rest is statistics, in numpy. It
+prints a table of the paper's figures beside ours; that, results.json with all figures, and two
+pictures go to paper/results/diagnose.
 
     code        paper                  shape    unit
     drift       delta_{l,p}, Sect. 3.1 (L, T)   length of student's minus teacher's residual; row l-1 is layer l = 1..L
@@ -51,7 +54,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend th
 GROUPS = 10                                               # deciles of density
 DRAWS = 1000                                              # bootstrap resamples (A.7)
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Measuring one page
 
 
@@ -68,18 +71,19 @@ class Seen:
     together: np.ndarray
     alone: Optional[np.ndarray]     # None where it was not measured: it costs a pass for every position
     fisher: np.ndarray
-    image: Image.Image              # the page's first image, and its height and width in visual tokens
+    image: Image.Image           # the page's first image, and its height and width in visual tokens
     grid: tuple
     said: tuple = ("", "")          # question and answer
-    others: dict = field(default_factory=dict)            # {student: drift (L, T)} of the further ones
+    others: dict = field(default_factory=dict)         # {student: drift (L, T)} of the further ones
 
 
 def attention_received(attention, x, rope, chunk=256):
-    """The attention that each position receives, mean over heads and over the queries that may look at it, which
-    are its own and all later ones. x (1, T, D), normalised -> (T,) in 0..1. Only chunk x T scores exist at once.
+    """The attention that each position receives, mean over heads and over the queries that may look
+    at it, which are its own and all later ones. x (1, T, D), normalised -> (T,) in 0..1. Only chunk
+    x T scores exist at once.
 
-    Sect. 3 names "teacher attention concentration" without a formula. Without the mean over queries the first
-    positions would lead simply because more queries see them.
+    Sect. 3 names "teacher attention concentration" without a formula. Without the mean over queries
+    the first positions would lead simply because more queries see them.
     """
     q, k = (rearrange(f(x), "1 t (h p) -> h t p", p=attention.config.head_dim)
             for f in (attention.q_proj, attention.k_proj))
@@ -87,7 +91,7 @@ def attention_received(attention, x, rope, chunk=256):
     k, T = k.repeat_interleave(len(q) // len(k), dim=0), x.shape[1]
     at, total = torch.arange(T, device=x.device), torch.zeros(T, device=x.device)
     for a in range(0, T, chunk):
-        scores = (q[:, a:a + chunk] @ k.mT).float() / q.shape[-1] ** 0.5                # (H, chunk, T)
+        scores = (q[:, a:a + chunk] @ k.mT).float() / q.shape[-1] ** 0.5             # (H, chunk, T)
         total += scores.masked_fill(at > at[a:a + chunk, None], -math.inf).softmax(-1).mean(0).sum(0)
     return total / (T - at)
 
@@ -96,8 +100,9 @@ def attention_received(attention, x, rope, chunk=256):
 def walk(teacher, student, e, own):
     """Both models through all layers, each on its own stream. e, own: their embeddings of one page.
 
-    -> drift, size, attention, each (L, T). As in Eq. 4, streams are read where a layer ends, before DeepStack adds to
-    them; unlike there, kept layers are read too, for they carry on what earlier ones lost.
+    -> drift, size, attention, each (L, T). As in Eq. 4, streams are read where a layer ends, before
+    DeepStack adds to them; unlike there, kept layers are read too, for they carry on what earlier
+    ones lost.
     """
     r, s, rows = e.x, own.x, []                                                         # (1, T, D)
     for i, (theirs, ours) in enumerate(zip(teacher.layers, student.layers)):
@@ -111,10 +116,12 @@ def walk(teacher, student, e, own):
 
 @torch.no_grad()
 def answer_scores(teacher, e, labels, hidden, at_once=4096):
-    """Mean log-probability of the page's answer tokens (nats), once for every row of `hidden` (n, T) bool -> (n,).
+    """Mean log-probability of the page's answer tokens (nats), once for every row of `hidden` (n,
+    T) bool -> (n,).
 
-    A hidden position computes as before, but no later position can attend to it, in any layer. This is what the
-    mask does to padding, so the mask is all that changes: position numbers stay, as if nothing were missing.
+    A hidden position computes as before, but no later position can attend to it, in any layer. This
+    is what the mask does to padding, so the mask is all that changes: position numbers stay, as if
+    nothing were missing.
     """
     following = F.pad(labels[1:], (0, 1), value=IGNORED)
     rows, scores = following != IGNORED, []
@@ -133,34 +140,35 @@ def answer_scores(teacher, e, labels, hidden, at_once=4096):
 
 
 def deciles(rho, groups=GROUPS):
-    """The group of every position of a page: 0 the least dense tenth, 9 the densest, equal in size to one. (N,) int.
+    """The group of every position of a page: 0 the least dense tenth, 9 the densest, equal in size
+    to one. (N,) int.
 
-    Within a page, so that a group can be hidden together, and hard pages do not pass for dense ones. Equal densities
-    go in reading order.
+    Within a page, so that a group can be hidden together, and hard pages do not pass for dense
+    ones. Equal densities go in reading order.
     """
     rank = np.argsort(np.argsort(rho, kind="stable"))
     return rank * groups // len(rho)
 
 
 def measure(teacher, student, page, image, each, said=("", ""), others=None):
-    """An Encoded page with image and answer -> Seen. each: also hide every visual position by itself. others: further
-    students {name: model}, of which only the drift is measured."""
+    """An Encoded page with image and answer -> Seen. each: also hide every visual position by
+    itself. others: further students {name: model}, of which only the drift is measured."""
     c, weight, others = teacher.config, teacher.lm_head.weight, others or {}
     ids, labels, grids = (t.to(weight.device) for t in (page.ids, page.labels, page.grids))
-    pixels, visual = page.pixels.to(weight.device, weight.dtype), ids == c.image_token_id        # (T,)
+    pixels, visual = page.pixels.to(weight.device, weight.dtype), ids == c.image_token_id     # (T,)
     with torch.no_grad():
         vision = teacher.visual(pixels, grids)
         e = teacher.embed(ids[None], None, None, grids, vision)
         own = [m.embed(ids[None], None, pixels, grids) for m in (student, *others.values())]     # after SFT their own
     m = c.vision.spatial_merge_size
-    rho = image_densities(vision.patches, page.grids, m).cpu()                                   # (N,)
+    rho = image_densities(vision.patches, page.grids, m).cpu()                                # (N,)
     where, group = visual.nonzero()[:, 0], torch.from_numpy(deciles(rho.numpy())).to(weight.device)
     hidden = torch.zeros(1 + GROUPS + each * len(where), len(ids), dtype=torch.bool, device=weight.device)
     hidden[1 + group, where] = True
     if each:
         hidden[1 + GROUPS + torch.arange(len(where), device=weight.device), where] = True
     score = answer_scores(teacher, e, labels, hidden)
-    fall = (score[:1] - score[1:]).cpu().double().numpy()            # a: how far the answer's score falls
+    fall = (score[:1] - score[1:]).cpu().double().numpy()      # a: how far the answer's score falls
     fisher = fisher_scores(teacher, student.config.hybrid["layers"], e, None, labels[None])[:, 0, visual]
     drift, size, attention = walk(teacher, student, e, own[0]).cpu().double().numpy()
     further = {name: walk(teacher, m, e, x)[0].cpu().double().numpy() for (name, m), x in zip(others.items(), own[1:])}
@@ -169,7 +177,7 @@ def measure(teacher, student, page, image, each, said=("", ""), others=None):
                 (int(page.grids[0, 1]) // m, int(page.grids[0, 2]) // m), said, further)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Statistics: numpy arrays in, numbers out
 
 
@@ -180,14 +188,16 @@ def spearman(x, y):
 
 
 def gram(columns):
-    """Z^T Z of Z = [1, columns]: all that a least-squares fit needs to know of a page's rows. (k+1, k+1)."""
+    """Z^T Z of Z = [1, columns]: all that a least-squares fit needs to know of a page's rows. (k+1,
+    k+1)."""
     Z = np.stack([np.ones_like(columns[0]), *columns])
     return Z @ Z.T
 
 
 def correlations(g):
-    """Gram matrices (..., k+1, k+1) of [1, columns] -> correlations (..., k, k); those of a constant are 0, its own
-    too. To regress on standardised predictors, as Sect. 3.2 does, is to solve with these."""
+    """Gram matrices (..., k+1, k+1) of [1, columns] -> correlations (..., k, k); those of a
+    constant are 0, its own too. To regress on standardised predictors, as Sect. 3.2 does, is to
+    solve with these."""
     c = g[..., 1:, 1:] - g[..., 1:, :1] * g[..., :1, 1:] / g[..., :1, :1]
     variance, square = (np.diagonal(m, axis1=-2, axis2=-1) for m in (c, g[..., 1:, 1:]))
     inverse = np.where(variance > 1e-12 * square, 1 / np.sqrt(np.maximum(variance, 1e-300)), 0)
@@ -195,27 +205,29 @@ def correlations(g):
 
 
 def fit(c, keep):
-    """The last column regressed on the columns `keep`, from correlations (..., k, k) -> R^2 (...), slopes in standard
-    deviations (..., len(keep)). Where predictors are collinear, the shortest slopes; R^2 does not depend on it. R^2 is
-    nan if the last column is constant."""
+    """The last column regressed on the columns `keep`, from correlations (..., k, k) -> R^2 (...),
+    slopes in standard deviations (..., len(keep)). Where predictors are collinear, the shortest
+    slopes; R^2 does not depend on it. R^2 is nan if the last column is constant."""
     A, b = c[..., keep, :][..., keep], c[..., keep, -1]
     slopes = (np.linalg.pinv(A, 1e-9, True) @ b[..., None])[..., 0]
     return np.where(c[..., -1, -1] > 0, (b * slopes).sum(-1), np.nan), slopes
 
 
 def semi_partial(g):
-    """Gram matrices of [1, k predictors, target] -> joint R^2 (...); (..., k), what each predictor explains that the
-    others do not, R^2 with all of them minus R^2 without it (Sect. 3.2); and the joint fit's slopes (..., k)."""
+    """Gram matrices of [1, k predictors, target] -> joint R^2 (...); (..., k), what each predictor
+    explains that the others do not, R^2 with all of them minus R^2 without it (Sect. 3.2); and the
+    joint fit's slopes (..., k)."""
     c = correlations(g)
     every = list(range(c.shape[-1] - 1))
     joint, slopes = fit(c, every)
     without = np.stack([fit(c, [i for i in every if i != k])[0] for k in every], axis=-1)
-    return joint, np.maximum(joint[..., None] - without, 0), slopes          # below 0 by rounding only
+    return joint, np.maximum(joint[..., None] - without, 0), slopes       # below 0 by rounding only
 
 
 def resamples(n, draws=DRAWS, seed=0):
-    """Bootstrap over n pages (A.7): how often each resample has each page, (draws, n). As the Gram matrix of a
-    resample is the sum of its pages', `resamples(n) @ grams` fits them all anew, exactly."""
+    """Bootstrap over n pages (A.7): how often each resample has each page, (draws, n). As the Gram
+    matrix of a resample is the sum of its pages', `resamples(n) @ grams` fits them all anew,
+    exactly."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws).astype(float)
 
 
@@ -225,7 +237,7 @@ def interval(value, drawn):
     return [float(value), *map(float, np.percentile(drawn, (2.5, 97.5)) if len(drawn) else (np.nan, np.nan))]
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The diagnosis: a list of Seen -> figures
 
 PREDICTORS = ("density", "token type", "layer depth", "teacher attention")
@@ -235,7 +247,7 @@ PREDICTORS = ("density", "token type", "layer depth", "teacher attention")
 class Reading:
     """Where Sect. 3.2 leaves a choice. The first row of READINGS is what the table shows."""
     text: float = 2.0               # density of a text position over the page's visual mean; 2 is beta of Algorithm 1
-    text_too: bool = True           # or visual positions alone, which have no token type to tell apart
+    text_too: bool = True        # or visual positions alone, which have no token type to tell apart
     relative: bool = False          # drift over the length of the teacher's residual
     replaced: bool = False          # only the outputs of replaced layers (S*)
 
@@ -262,8 +274,8 @@ def design(one, reading, replaced):
 
 
 def regression(pages, reading, replaced):
-    """-> joint and unique R^2 with intervals; slopes, for an R^2 does not say whether drift rises or falls; and the
-    share of resamples in which density has the largest unique R^2."""
+    """-> joint and unique R^2 with intervals; slopes, for an R^2 does not say whether drift rises
+    or falls; and the share of resamples in which density has the largest unique R^2."""
     grams = np.stack([gram(design(one, reading, replaced)) for one in pages])           # (n, 6, 6)
     joint, unique, slopes = semi_partial(grams.sum(0))
     joints, uniques, _ = semi_partial(np.tensordot(resamples(len(pages)), grams, 1))    # (draws,), (draws, 4)
@@ -274,7 +286,8 @@ def regression(pages, reading, replaced):
 
 
 def by_decile(values):
-    """values (n, 10), a row for each page -> mean over pages with its interval for each decile, and top over bottom."""
+    """values (n, 10), a row for each page -> mean over pages with its interval for each decile, and
+    top over bottom."""
     means, drawn = values.mean(0), resamples(len(values)) @ values / len(values)
     rows = [interval(m, d) for m, d in zip(means, drawn.T)]
     apart = rows[0][1] > 0                                # a bottom that may be 0 has no ratio
@@ -289,7 +302,8 @@ def in_groups(one, values):
 
 
 def spread(values):
-    """Over pages: mean, 5th and 95th percentile, and the values, without those that are not defined."""
+    """Over pages: mean, 5th and 95th percentile, and the values, without those that are not
+    defined."""
     values = np.array([v for v in values if math.isfinite(v)])
     if not len(values):
         return dict(mean=math.nan, percentiles=[math.nan] * 2, values=[])
@@ -297,7 +311,8 @@ def spread(values):
 
 
 def fisher_ranks(pages, replaced):
-    """B.3: does density rank the visual positions of a page as the gradient does, and does each layer as the others?"""
+    """B.3: does density rank the visual positions of a page as the gradient does, and does each
+    layer as the others?"""
     def top(one):
         dense = np.argsort(-one.rho, kind="stable")[:math.ceil(len(one.rho) / 4)]
         return spearman(one.rho[dense], one.fisher.sum(0)[dense])
@@ -330,7 +345,7 @@ def diagnose(pages, replaced):
                 fisher=fisher_ranks(pages, replaced))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The table: the paper's figures beside ours
 
 PAPER = {"density": "0.30 [0.27, 0.33]", "token type": "0.10 (and 0.04 to 0.06)", "layer depth": "0.08",
@@ -338,8 +353,8 @@ PAPER = {"density": "0.30 [0.27, 0.33]", "token type": "0.10 (and 0.04 to 0.06)"
 
 
 def table(results):
-    """Markdown. The paper's four unique R^2 add up to its joint one, as they would for predictors that are not
-    correlated at all; ours need not."""
+    """Markdown. The paper's four unique R^2 add up to its joint one, as they would for predictors
+    that are not correlated at all; ours need not."""
     main, fisher = results["regression"]["all positions and layers"], results["fisher"]
 
     def shown(x, form="{:.2f}"):
@@ -375,13 +390,13 @@ def table(results):
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pictures
 
 # Okabe and Ito's colours, which the colour-blind tell apart
 RED, BLUE, GREEN, OCHRE, PALE = "#D55E00", "#0072B2", "#009E73", "#E69F00", "#c4c4cc"
 TENTHS = np.arange(1, GROUPS + 1)
-PAPER_TENTHS = {"drift": (0.078, 0.281), "together": (0.041, 0.143)}      # Fig. 3: least dense, densest
+PAPER_TENTHS = {"drift": (0.078, 0.281), "together": (0.041, 0.143)}  # Fig. 3: least dense, densest
 
 
 def draw_charts(results, path):
@@ -422,13 +437,13 @@ def draw_charts(results, path):
         axis.xaxis.label.set_size(8)
         axis.yaxis.label.set_size(8)
         axis.set_visible(axis.has_data())
-    figure.savefig(path, dpi=100, metadata={"Software": None})                # the same figures, the same bytes
+    figure.savefig(path, dpi=100, metadata={"Software": None})    # the same figures, the same bytes
     plt.close(figure)
 
 
 def draw_tenths(axis, named, paper=None):
-    """Means by tenth of the visual positions with their 95 % intervals; the paper's outer tenths where they are of the
-    same unit. -> of how many pages."""
+    """Means by tenth of the visual positions with their 95 % intervals; the paper's outer tenths
+    where they are of the same unit. -> of how many pages."""
     named = {name: figures for name, figures in named.items() if figures}
     for (name, figures), colour in zip(named.items(), (RED, BLUE, GREEN, OCHRE)):
         mean, low, high = np.array(figures["means"], dtype=float).T
@@ -454,8 +469,8 @@ def draw_explained(axis, fit):
 
 
 def draw_pages(pages, path, count=4):
-    """The first pages: picture, density, drift (mean over layers) and importance, one square per visual token; above
-    each its question and answer. Of several images the first."""
+    """The first pages: picture, density, drift (mean over layers) and importance, one square per
+    visual token; above each its question and answer. Of several images the first."""
     pages = pages[:count]
     head = ["density", "drift"] + ["importance"] * (pages[0].alone is not None)
     figure, axes = plt.subplots(len(pages), len(head) + 1, figsize=(2.2 * len(head) + 2.4, 2.5 * len(pages)),
@@ -476,12 +491,13 @@ def draw_pages(pages, path, count=4):
     plt.close(figure)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 
 def load(a):
-    """-> teacher, {name: student}, processor; or a ValueError that says why these cannot be compared."""
+    """-> teacher, {name: student}, processor; or a ValueError that says why these cannot be
+    compared."""
     device = device_of(a.device)
     dtype = dtype_of(a.dtype, device)
     teacher, *students = (Qwen3VL.from_pretrained(f, dtype, device).requires_grad_(False)
@@ -502,9 +518,9 @@ def load(a):
 
 
 def pages(a, processor):
-    """Samples with an answer and at least ten visual tokens, for a decile must hold one: (Encoded, first image, its
-    last question and answer). In the embedded world half are for reading and half for reasoning, from a seed that
-    evaluate.py does not ask about."""
+    """Samples with an answer and at least ten visual tokens, for a decile must hold one: (Encoded,
+    first image, its last question and answer). In the embedded world half are for reading and half
+    for reasoning, from a seed that evaluate.py does not ask about."""
     if a.data:
         data = read_data(a.data)
         samples = (data[i] for i in range(len(data)))
@@ -535,7 +551,7 @@ def main(arguments=None):
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on cuda, else float32")
     p.add_argument("--out", type=Path, default=Path("paper/results/diagnose"))
     a = p.parse_args(arguments)
-    try:                                                  # user errors end in a sentence, not a traceback
+    try:                                            # user errors end in a sentence, not a traceback
         if a.images < 2 or a.alone < 0:
             raise ValueError(f"--images must be at least 2 and --alone at least 0, but are {a.images} and {a.alone}")
         teacher, students, processor = load(a)
@@ -552,7 +568,7 @@ def main(arguments=None):
     except (ValueError, OSError, BadSample) as error:
         sys.exit(str(error))
     a.out.mkdir(parents=True, exist_ok=True)
-    plain = json.loads(json.dumps(results), parse_constant=lambda _: None)               # JSON has no nan
+    plain = json.loads(json.dumps(results), parse_constant=lambda _: None)         # JSON has no nan
     (a.out / "results.json").write_text(json.dumps(plain, indent=1) + "\n")
     (a.out / "table.md").write_text((text := table(results)) + "\n", encoding="utf-8")
     draw_charts(results, a.out / "charts.png")

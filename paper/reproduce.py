@@ -1,18 +1,20 @@
-"""The paper's tables at laptop scale: every run, every seed, paired differences -> paper/RESULTS.md.
+"""The paper's tables at laptop scale: every run, every seed, paired differences ->
+paper/RESULTS.md.
 
-    python -m paper.reproduce                             # the whole programme: what is missing, then RESULTS.md
+    python -m paper.reproduce                # the whole programme: what is missing, then RESULTS.md
     python -m paper.reproduce table1 ledger               # two of its tables
-    python -m paper.reproduce --write                     # only write RESULTS.md from results/runs.jsonl
+    python -m paper.reproduce --write                # only write RESULTS.md from results/runs.jsonl
     python -m paper.reproduce table1 --seeds 5 --jobs 2   # two runs of one thread each
-    python -m paper.reproduce table1 --again              # the same runs once more: how far do they repeat?
+    python -m paper.reproduce table1 --again      # the same runs once more: how far do they repeat?
 
-A run is one command of distill.py or sft_dpo.py in a process of its own and one judgement of its student
-on evaluation pages, which training never draws. What is kept of it is one line of results/runs.jsonl: its
-settings and one 0 or 1 per question, so that any two runs can be paired. A run with its line is not
-repeated, a line made under other settings is refused, and a run that was interrupted goes on from its
-checkpoint. All conditions have the same budget, settings, data order and initial mixers for the same seed.
-Settings were chosen on training pages; one choice, what student layers read in Stages 1/2, was taken up
-again after evaluation pages had shown no gain of C4, and decided on training pages too (ledger 4).
+A run is one command of distill.py or sft_dpo.py in a process of its own and one judgement of its
+student on evaluation pages, which training never draws. What is kept of it is one line of
+results/runs.jsonl: its settings and one 0 or 1 per question, so that any two runs can be paired. A
+run with its line is not repeated, a line made under other settings is refused, and a run that was
+interrupted goes on from its checkpoint. All conditions have the same budget, settings, data order
+and initial mixers for the same seed. Settings were chosen on training pages; one choice, what
+student layers read in Stages 1/2, was taken up again after evaluation pages had shown no gain of
+C4, and decided on training pages too (ledger 4).
 """
 import argparse
 import fcntl
@@ -40,7 +42,8 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend th
 TOKENS, QUESTIONS = 250_000, 2_000                        # of a distillation; a suite
 HERE = Path(__file__).parents[1]
 
-# table: (what it stands beside in the paper, {run: flags of distill.py, or the phase that follows another run})
+# table: (what it stands beside in the paper, {run: flags of distill.py, or the phase that follows
+# another run})
 TABLES = {
     "table1": ("Tables 1 and 9: the ladder", {c: f"--cond {c}" for c in ("c1", "c2", "c3", "c4")}),
     "table2": ("Tables 2 and 4: after SFT and DPO", {
@@ -70,7 +73,8 @@ BELOW = "<!-- `python -m paper.reproduce --write` writes all that follows from r
 PHASES, TEACHERS = ("sft", "dpo"), ("teacher", "teacher-page7", "teacher-page14")
 FLAGS = {"teacher": ""} | {name: flags for _, rows in TABLES.values() for name, flags in rows.items()}
 COLUMNS = SUITES | {family: [family] for family in REGIMES["regimes"]}
-# Differences to show: (a, b): the paper's a - b in points: fine-grained average, reasoning average, OCRBench v2
+# Differences to show: (a, b): the paper's a - b in points: fine-grained average, reasoning average,
+# OCRBench v2
 PAIRS = {
     ("c2", "c1"): (3.33, 0.50, 2.6), ("c3", "c2"): (0.85, 0.45, 1.4), ("c4", "c3"): (3.50, 0.35, 4.7),
     ("c4", "c2"): (4.35, 0.80, 6.1), ("c4", "c1"): (7.68, 1.30, 8.7), ("c1", "teacher"): (-11.35, -1.40, -13.3),
@@ -93,7 +97,8 @@ PAIRS = {
 
 
 def judge(folder, page, suites):
-    """-> {family: string of 0 and 1, a question each}, the evaluation world's first QUESTIONS a suite."""
+    """-> {family: string of 0 and 1, a question each}, the evaluation world's first QUESTIONS a
+    suite."""
     import torch
     from data import Processor
     from evaluate import evaluate_models
@@ -123,7 +128,8 @@ def command(name, seed, out):
 
 
 def settings_of(name, seed):
-    """All settings that decide a run's result, defaults filled in, with those of the run that it goes on from."""
+    """All settings that decide a run's result, defaults filled in, with those of the run that it
+    goes on from."""
     from distill import DEFAULTS, DistillSettings
     from loop import parse
     from sft_dpo import PHASES as phases
@@ -143,8 +149,8 @@ def page_of(name):
 
 
 def differences(theirs, ours):
-    """What two settings differ in. One that the older lacks had today's default, or it would have been a change; one
-    that is known to the older alone no longer decides anything."""
+    """What two settings differ in. One that the older lacks had today's default, or it would have
+    been a change; one that is known to the older alone no longer decides anything."""
     found = []
     for k in theirs.keys() & ours.keys():
         if isinstance(theirs[k], dict):
@@ -154,8 +160,9 @@ def differences(theirs, ours):
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------
-# runs.jsonl: a line a run, appended by any number of jobs; of two lines for one run the later counts
+# --------------------------------------------------------------------------------------------------
+# runs.jsonl: a line a run, appended by any number of jobs; of two lines for one run the later
+# counts
 
 
 def read(results):
@@ -181,11 +188,12 @@ def refuse_stale(results):
                      "remove its line to run it again")
 
 
-busy = defaultdict(Lock)                                  # a run that two others wait for is run once
+busy = defaultdict(Lock)                                # a run that two others wait for is run once
 
 
 def one(name, seed, results, wanted="result", again=False):
-    """Trains and judges one student, unless its result is there, or its folder when that is `wanted`."""
+    """Trains and judges one student, unless its result is there, or its folder when that is
+    `wanted`."""
     with busy[name, seed]:
         judged = (name, seed, again) in read(results)
         out = HERE / "out" / ("again" if again else "reproduce") / f"{name}-seed{seed}"
@@ -209,11 +217,12 @@ def one(name, seed, results, wanted="result", again=False):
                            marks=json.loads(marks.splitlines()[-1])))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def scores(marks):
-    """Exact match in per cent of one run: of each suite, but of the regimes by family, for they differ in kind."""
+    """Exact match in per cent of one run: of each suite, but of the regimes by family, for they
+    differ in kind."""
     return {name: 100 * np.mean([int(c) for f in families for c in marks[f]]) for name, families in COLUMNS.items()
             if set(families) <= set(marks)}
 
@@ -243,7 +252,8 @@ def difference(values):
 
 @cache
 def fullness(suite, n):
-    """Share of the cells that hold a mark (a character, a digit, a shape), of the first n pages of a suite."""
+    """Share of the cells that hold a mark (a character, a digit, a shape), of the first n pages of
+    a suite."""
     world, shares = World("eval", 0, suite), []
     for i in range(n):
         rng = world.rng(i)
@@ -255,11 +265,12 @@ def fullness(suite, n):
 
 
 def where(marks):
-    """C4 - C3 in points, by family, fullness of the page, budget, ...: {group: {name: one value a seed}}."""
+    """C4 - C3 in points, by family, fullness of the page, budget, ...: {group: {name: one value a
+    seed}}."""
     def shared(a, b):
         return sorted(set(marks.get(a, ())) & set(marks.get(b, ())))
 
-    def gains(a, b, choose):                              # of per cents, as in the tables, so that both round alike
+    def gains(a, b, choose):              # of per cents, as in the tables, so that both round alike
         return [choose(marks[a][s]) - choose(marks[b][s]) for s in shared(a, b)]
 
     groups = {"by family": {f: gains("c4", "c3", lambda m: 100 * np.mean([int(c) for c in m[f]]))
@@ -288,7 +299,8 @@ INK, C3, C4 = "#333340", "#0072B2", "#D55E00"             # Okabe and Ito's blue
 
 
 def draw_where(groups, path):
-    """Means with whiskers of one standard error, a block for each group; a single seed's mark is hollow."""
+    """Means with whiskers of one standard error, a block for each group; a single seed's mark is
+    hollow."""
     rows = [(group, name, values) for group, named in groups.items() for name, values in named.items()]
     figure, axis = plt.subplots(figsize=(8.3, 0.24 * len(rows) + 0.5 * len(groups) + 0.8), layout="constrained")
     y, labels = 0.0, []
@@ -323,8 +335,9 @@ def save(figure, path):
 
 
 def draw_conditions(runs, path):
-    """A row for each condition and a column for each suite: a dot for each seed, a bar at their mean; the teacher
-    dashed. The paper's figures are of other benchmarks, so they stand in the tables and not on these axes."""
+    """A row for each condition and a column for each suite: a dot for each seed, a bar at their
+    mean; the teacher dashed. The paper's figures are of other benchmarks, so they stand in the
+    tables and not on these axes."""
     rows = [name for key in ("table1", "table5", "table8", "control") for name in TABLES[key][1] if name in runs]
     figure, axes = plt.subplots(1, len(SUITES), figsize=(8.3, 0.3 * len(rows) + 1), sharey=True, layout="constrained")
     for axis, suite in zip(axes, SUITES):
@@ -357,6 +370,22 @@ def repeated(results, runs):
         cells = " | ".join(f"{math.sqrt(np.mean(np.square(changes[suite]))):.1f}" for suite in SUITES)
         rows.append(f"| root mean square of the change | {len(rows)} runs | {cells} |")
     return rows
+
+
+def by_family(marks):
+    """The table of marks by family, for the conditions of the first figure."""
+    families, lines = [f for suite in SUITES.values() for f in suite], []
+    rows = [n for key in ("table1", "table5", "table8", "control") for n in TABLES[key][1]]
+    if rows := [name for name in rows if name in marks]:
+        lines += ["## By family", "", f"| run | seeds | {' | '.join(families)} |",
+                  "|---" * (2 + len(families)) + "|"]
+        for name in rows:
+            found = [[100 * np.mean([int(c) for c in m[f]]) for m in marks[name].values()]
+                     for f in families]
+            cells = [spread(*mean_error(values)[:2]) for values in found]
+            lines.append(f"| {name} | {len(marks[name])} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
 
 
 def write(results):
@@ -399,14 +428,7 @@ def write(results):
                 cells.append(", ".join(f"{v:+g}" for v in paper))
                 lines.append(f"| {a} − {b} | {len(shared)} | {' | '.join(cells)} |")
         lines.append("")
-    families = [f for suite in SUITES.values() for f in suite]
-    if rows := [name for key in ("table1", "table5", "table8", "control") for name in TABLES[key][1] if name in marks]:
-        lines += ["## By family", "", f"| run | seeds | {' | '.join(families)} |", "|---" * (2 + len(families)) + "|"]
-        for name in rows:
-            cells = [spread(*mean_error([100 * np.mean([int(c) for c in m[f]]) for m in marks[name].values()])[:2])
-                     for f in families]
-            lines.append(f"| {name} | {len(marks[name])} | {' | '.join(cells)} |")
-        lines.append("")
+    lines += by_family(marks)
     if again := repeated(results, runs):
         lines += ["## The same runs once more", "", "Same command and seed (`--again`). On the same kind of CPU they "
                   "repeat to the bit; where vector instructions differ, sums are taken in another order, and training "
@@ -421,7 +443,7 @@ def write(results):
         for group, rows in groups.items():
             lines += [f"| C4 − C3, points, {group} | seeds | |", "|---|---|---|",
                       *(f"| {name} | {len(v)} | {difference(v)} |" for name, v in rows.items()), ""]
-    path = HERE / "paper" / "RESULTS.md"                  # the words above the tables are written by hand
+    path = HERE / "paper" / "RESULTS.md"            # the words above the tables are written by hand
     words = path.read_text().split(BELOW)[0] if path.exists() else ""
     path.write_text(words + "\n".join(lines).rstrip() + "\n")
 
@@ -447,7 +469,7 @@ def main():
     if not a.write:
         tables = a.tables or list(TABLES)
         seeds = {table: a.seeds or (5 if table == "table1" else 3) for table in tables}
-        wanted = [("teacher", 0)]                         # seed by seed, so that a short evening has whole seeds
+        wanted = [("teacher", 0)]            # seed by seed, so that a short evening has whole seeds
         wanted += [(name, seed) for seed in range(max(seeds.values())) for table in tables if seed < seeds[table]
                    for name in TABLES[table][1] if seed == 0 or name not in TEACHERS]
         if a.again:

@@ -105,7 +105,7 @@ def write_folder(out):
         (out / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def drill(rng, cells, crowded):
@@ -132,7 +132,7 @@ def drill(rng, cells, crowded):
 class Lesson(NamedTuple):
     name: str
     until: float                 # share of the time at which it ends
-    rate: float                  # of the peak learning rates, at its start; it falls to a hundredth of them
+    rate: float          # of the peak learning rates, at its start; it falls to a hundredth of them
     divide: int                  # the batch by this: circuits want many steps more than calm ones
     tower: bool                  # whether the vision tower trains
     pages: dict                  # kinds of pages
@@ -250,7 +250,7 @@ def initialise(model):
                 p.data.zero_()
         elif "norm" not in name:
             p.data.zero_()
-    table = model.visual.pos_embed.weight.data            # rows and columns as waves in half of the channels
+    table = model.visual.pos_embed.weight.data   # rows and columns as waves in half of the channels
     side, most = round(len(table) ** 0.5), table.shape[1] // 8
     along = torch.linspace(0, 1, side)
     table.view(side, side, -1)[..., :4 * most] = 0.5 * places(along, along, most)
@@ -397,7 +397,7 @@ def save(out, model, heads, opts, state):
     torch.save(dict(model=model.state_dict(), heads=heads.state_dict(), opts=[o.state_dict() for o in opts],
                     state=state), out / "train.tmp")
     os.replace(out / "train.tmp", out / "train.pt")
-    half = Qwen3VL(model.config)                          # stored in bf16, as the released checkpoints are
+    half = Qwen3VL(model.config)                   # stored in bf16, as the released checkpoints are
     half.load_state_dict(model.state_dict())
     half.to(torch.bfloat16).save_pretrained(out)
 
