@@ -100,10 +100,14 @@ class Weighting:
     minmax: str = "all"      # over which positions line 4 normalises: see density_weights
     k: float = 25.0          # per cent of positions that topk and random raise (A.8)
     seed: int = 0            # of random and shuffled
+    fisher_text: str = "own"      # gradient scores of text: its own, or "beta" times the visual mean
+    fisher_power: float = 1.0     # gradient scores to this power: 1 is Eq. 7, |g|^2
 
     def __post_init__(self):
         if self.minmax not in ("all", "visual") or not self.tau > 0:
             raise ValueError(f"minmax must be all or visual and tau > 0, not {self.minmax} and {self.tau}")
+        if self.fisher_text not in ("own", "beta"):
+            raise ValueError(f"fisher_text must be own or beta, not {self.fisher_text}")
 
 
 FLAT = 1e-5      # a smaller range of rho is fp32 rounding: stretched to [0, 1], w would be noise
@@ -165,10 +169,15 @@ def uniform_weights(rho, visual, mask, names=None, s=Weighting()):
 
 def fisher_weights(scores, visual, mask, names=None, s=Weighting()):
     """C5, HEED-G (Eq. 7): w in proportion to |g|^2, with no exponential; scores (B, T), or where
-    layers keep their own (S, B, T), -> w of that shape."""
+    layers keep their own (S, B, T), -> w of that shape. B.2 stores scores of visual positions alone
+    and gives text beta times their mean: fisher_text="beta" (ledger 20)."""
     if not ((torch.isfinite(scores) & (scores >= 0)) | ~mask).all():
         raise ValueError("gradient scores must be finite and non-negative")
-    return normalise_weights(scores.masked_fill(~mask, 0), mask)
+    scores = scores.masked_fill(~mask, 0)
+    if s.fisher_text == "beta":
+        mean = (scores * visual).sum(-1, keepdim=True) / visual.sum(-1, keepdim=True).clamp(min=1)
+        scores = torch.where(visual, scores, s.beta * mean)
+    return normalise_weights(scores ** s.fisher_power, mask)
 
 
 def modality_weights(rho, visual, mask, names=None, s=Weighting()):
@@ -204,6 +213,19 @@ def shuffled_weights(rho, visual, mask, names=None, s=Weighting()):
     return density_weights(to_positions(torch.cat(mixed), visual), visual, mask, s=s)
 
 
+def rank_weights(rho, visual, mask, names=None, s=Weighting()):
+    """A control that the paper lacks, half of what C4 does: its ranking of the patches, while text
+    and image keep the shares of the weight that C3 gives them."""
+    return normalise_weights(density_weights(rho, visual, mask, s=s), visual) + (mask & ~visual)
+
+
+def share_weights(rho, visual, mask, names=None, s=Weighting()):
+    """The other half: text and image share the weight as in C4, and every patch has the same."""
+    w = density_weights(rho, visual, mask, s=s)
+    patch = (w * visual).sum(1, keepdim=True) / visual.sum(1, keepdim=True).clamp(min=1)     # (B, 1)
+    return torch.where(visual, patch, w)
+
+
 def drawn_by_name(visual, names, seed):
     """A uniform random number for every visual position -> list of (n,), one per sample: by seed
     and sample name alone, so the same in every epoch, batch and padding, as density is."""
@@ -221,11 +243,13 @@ def drawn_by_name(visual, names, seed):
 WEIGHTS = {
     "uniform":  uniform_weights,     # C2, C3
     "density":  density_weights,     # C4              tau, beta, minmax
-    "fisher":   fisher_weights,      # C5
+    "fisher":   fisher_weights,      # C5              fisher_text, fisher_power, beta
     "modality": modality_weights,    # -Density (A.6)  tau, beta
     "topk":     topk_weights,        # A.8             k
     "random":   random_weights,      # A.8 control     k, seed
     "shuffled": shuffled_weights,    # control         tau, beta, minmax, seed
+    "rank":     rank_weights,        # control         tau, beta, minmax
+    "share":    share_weights,       # control         tau, beta, minmax
 }
 
 # ---- The commands: pictures (Fig. 2), and a corpus into a cache ----------------------------------

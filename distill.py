@@ -69,6 +69,8 @@ CONDS = {
     "topk":        Cond("residual", "topk",       note="A.8: 5 x on the k % densest positions"),
     "random":      Cond("residual", "random",     note="A.8: 5 x on k % random positions"),
     "shuffled":    Cond("residual", "shuffled",   note="control: C4's weights on other patches"),
+    "rank-only":   Cond("residual", "rank",       note="control: C4's ranking, C3's shares"),
+    "share-only":  Cond("residual", "share",      note="control: C4's shares, all patches alike"),
 }
 
 # ---- Settings: every field is a flag; those of any training run stand in loop.py -----------------
@@ -97,6 +99,9 @@ class DistillSettings(Settings):
                           ["all", "visual"])
     k: float = setting(Weighting.k, "per cent of positions that topk and random raise (A.8)", low=0,
                        high=100)
+    fisher_text: str = setting(Weighting.fisher_text, "gradient scores of text: its own, or beta times "
+                               "the visual mean (ledger 20)", ["own", "beta"])
+    fisher_power: float = setting(Weighting.fisher_power, "gradient scores to this power", low=0)
     density_cache: str = setting("", "file that `density.py --cache` wrote for this data and "
                                  "teacher; for gradient weights, that --write-cache wrote")
     write_cache: str = setting("", "only write the condition's gradient scores to this file, for "

@@ -52,15 +52,19 @@ TABLES = {
         f"{c}-{name}": f"--cond {c} {flags}" for c in ("c1", "c3", "c4")
         for name, flags in (("paper", "--init paper"), ("own", "--feed own"), ("full", "--stage3 full"))
         if not (c == "c1" and name == "own")} | {
-            "c2-own": "--cond c2 --feed own", "c4-visual": "--cond c4 --minmax visual"}),       # c1 aligns no stream
-    "table5": ("Table 5: gradient weights and Gated DeltaNet", {c: f"--cond {c}" for c in ("c5", "c6")}),
+            "c2-own": "--cond c2 --feed own", "no-density-own": "--cond no-density --feed own", "c4-visual": "--cond c4 --minmax visual"}),       # c1 aligns no stream
+    "table5": ("Table 5: gradient weights and Gated DeltaNet", {c: f"--cond {c}" for c in ("c5", "c6")} | {
+        "c5-beta": "--cond c5 --fisher-text beta", "c5-root": "--cond c5 --fisher-power 0.5"}),
     "table8": ("Table 8: ablations", {c: f"--cond {c}" for c in ("no-residual", "no-density", "ld", "sl")}),
     "control": ("A control that the paper lacks: C4's own weights on the page's patches in random order", {
         "shuffled": "--cond shuffled"}),
+    "square": ("Two controls that the paper lacks: C4's ranking of patches, or its shares of text and image, alone", {
+        f"{c}-only{end}": f"--cond {c}-only{flags}" for end, flags in (("", ""), ("-own", " --feed own"))
+        for c in ("rank", "share")}),
     "a8": ("A.8: 5 x weight on k % of the positions (k = 0 is c3 here; the paper's 50.5, which it calls C1)", {
         f"{c}{k}": f"--cond {c} --k {k}" for k in (10, 25, 50) for c in ("topk", "random")}),
     "budget": ("Where density helps: token budget", {
-        f"{c}-{k}k": f"--cond {c} --tokens {k}000" for k in (100, 500, 1000) for c in ("c3", "c4")}),
+        f"{c}-{k}k": f"--cond {c} --tokens {k}000" for k in (100, 175, 350, 500, 1000) for c in ("c3", "c4")}),
     "pages": ("Where density helps: visual tokens of a page", {
         f"{c}-page{n}": f"--cond {c} --page {n}" if c != "teacher" else f"--page {n}"
         for n in (7, 14) for c in ("teacher", "c3", "c4")}),

@@ -312,6 +312,35 @@ def test_shuffled_weights_are_those_of_algorithm_1_in_other_places():
     assert not torch.equal(w, weigh("shuffled", rho, visual, mask, NAMES, seed=1))
 
 
+def test_c4_falls_into_its_ranking_and_its_shares():
+    """By the slow loop: each control keeps one half of what Algorithm 1 does, and C3's for the other."""
+    rho, visual, mask, rows = batch()
+    rank, share = (weigh(kind, rho, visual, mask) for kind in ("rank", "share"))
+    for b in range(4):
+        seen = visual[b][mask[b]].numpy()
+        whole = np.asarray(loop_weights(rows[b], seen.tolist()))
+        patches = whole[seen] if seen.any() else np.ones(0)
+        expected = {"rank": np.ones(len(whole)), "share": whole.copy()}
+        expected["rank"][seen] = patches / patches.mean() if len(patches) else patches
+        expected["share"][seen] = patches.mean() if len(patches) else patches
+        for name, w in (("rank", rank), ("share", share)):
+            np.testing.assert_allclose(w[b][mask[b]], expected[name], rtol=1e-5)
+    assert not rank[~mask].any() and not share[~mask].any()
+
+
+def test_gradient_scores_of_text_can_be_beta_times_the_visual_mean_and_tempered():
+    _, visual, mask, _ = batch()
+    scores = torch.rand(3, *mask.shape).masked_fill(~mask, float("nan"))    # +LD: each layer for itself
+    w = WEIGHTS["fisher"](scores, visual, mask, s=Weighting(fisher_text="beta", fisher_power=0.5, beta=3.0))
+    for layer in range(3):
+        for b in range(4):
+            s, seen = scores[layer, b][mask[b]].numpy(), visual[b][mask[b]].numpy()
+            s = np.where(seen, s, 3 * s[seen].mean()) if seen.any() else np.ones(len(s))   # no image: uniform
+            np.testing.assert_allclose(w[layer, b][mask[b]], np.sqrt(s) / np.sqrt(s).mean(), rtol=1e-5)
+    with pytest.raises(ValueError, match="fisher_text must be own or beta"):
+        Weighting(fisher_text="none")
+
+
 def test_gradient_scores_become_weights_in_proportion():
     rho, visual, mask, rows = batch()
     scores = torch.rand(mask.shape).masked_fill(~mask, float("nan"))        # padding may hold anything

@@ -170,6 +170,10 @@ def weights_by_loops(model, batch, kind="density"):
             score = np.full(T, 2 * rho.mean())
             score[seen] = rho
             raw = np.exp((score - score.min()) / (score.max() - score.min()) / 0.5)
+        elif len(seen) and kind in ("rank", "share"):     # one half of C4 each
+            c4, image = weights_by_loops(model, batch)[b, :T], np.isin(np.arange(T), seen)
+            even = c4[image].mean()
+            raw = np.where(image, c4 / even, 1) if kind == "rank" else np.where(image, even, c4)
         elif len(seen) and kind == "modality":            # text at rho~ = 1, every patch at 0
             raw[:] = np.exp(1 / 0.5)
             raw[seen] = 1
@@ -210,7 +214,8 @@ COMPARED = {
     "no-residual": ("mixed", "density", "Mamba2"), "no-density": ("outputs", "modality", "Mamba2"),
     "ld": ("outputs", "each", "Mamba2"), "sl": ("outputs", "middle", "Mamba2"),
     "topk": ("outputs", "topk", "Mamba2"), "random": ("outputs", "random", "Mamba2"),
-    "shuffled": ("outputs", "shuffled", "Mamba2")}
+    "shuffled": ("outputs", "shuffled", "Mamba2"),
+    "rank-only": ("outputs", "rank", "Mamba2"), "share-only": ("outputs", "share", "Mamba2")}
 
 
 @pytest.mark.parametrize("cond", distill.CONDS)
