@@ -15,6 +15,7 @@ pictures go to paper/results/diagnose.
     code        paper                  shape    unit
     drift       delta_{l,p}, Sect. 3.1 (L, T)   length of student's minus teacher's residual; row l-1 is layer l = 1..L
     size        || r_{l,p} ||          (L, T)   length of the teacher's residual
+    turn        -                      (L, T)   1 - cosine of student's and teacher's residual, 0..2
     attention   teacher attention      (L, T)   what a position receives, a share in 0..1
     rho         rho(p), Eq. 2          (N,)     density of the page's N visual positions, in reading order
     together    a, Fig. 3B             (10,)    nats per answer token: a tenth of the visual positions is hidden
@@ -67,6 +68,7 @@ class Seen:
     rho: np.ndarray
     drift: np.ndarray
     size: np.ndarray
+    turn: np.ndarray
     attention: np.ndarray
     together: np.ndarray
     alone: Optional[np.ndarray]     # None where it was not measured: it costs a pass for every position
@@ -74,7 +76,7 @@ class Seen:
     image: Image.Image           # the page's first image, and its height and width in visual tokens
     grid: tuple
     said: tuple = ("", "")          # question and answer
-    others: dict = field(default_factory=dict)         # {student: drift (L, T)} of the further ones
+    others: dict = field(default_factory=dict)         # {student: (drift, turn)} of the further ones
 
 
 def attention_received(attention, x, rope, chunk=256):
@@ -100,7 +102,7 @@ def attention_received(attention, x, rope, chunk=256):
 def walk(teacher, student, e, own):
     """Both models through all layers, each on its own stream. e, own: their embeddings of one page.
 
-    -> drift, size, attention, each (L, T). As in Eq. 4, streams are read where a layer ends, before
+    -> drift, size, turn, attention, each (L, T). As in Eq. 4, streams are read where a layer ends, before
     DeepStack adds to them; unlike there, kept layers are read too, for they carry on what earlier
     ones lost.
     """
@@ -108,10 +110,11 @@ def walk(teacher, student, e, own):
     for i, (theirs, ours) in enumerate(zip(teacher.layers, student.layers)):
         seen = attention_received(theirs.self_attn, theirs.input_layernorm(r), e.rope)
         r, s = theirs(r, None, e.rope)[0], ours(s, None, own.rope)[0]
-        rows.append(torch.stack([squared_drift(s, r)[0].sqrt(), r[0].float().norm(dim=-1), seen]))
+        turn = 1 - F.cosine_similarity(s[0].float(), r[0].float(), dim=-1)
+        rows.append(torch.stack([squared_drift(s, r)[0].sqrt(), r[0].float().norm(dim=-1), turn, seen]))
         if i < len(e.deepstack):
             r, s = r + e.deepstack[i], s + own.deepstack[i]
-    return torch.stack(rows, dim=1)                                                     # (3, L, T)
+    return torch.stack(rows, dim=1)                                                     # (4, L, T)
 
 
 @torch.no_grad()
@@ -152,7 +155,7 @@ def deciles(rho, groups=GROUPS):
 
 def measure(teacher, student, page, image, each, said=("", ""), others=None):
     """An Encoded page with image and answer -> Seen. each: also hide every visual position by
-    itself. others: further students {name: model}, of which only the drift is measured."""
+    itself. others: further students {name: model}, of which only drift and turn are measured."""
     c, weight, others = teacher.config, teacher.lm_head.weight, others or {}
     ids, labels, grids = (t.to(weight.device) for t in (page.ids, page.labels, page.grids))
     pixels, visual = page.pixels.to(weight.device, weight.dtype), ids == c.image_token_id     # (T,)
@@ -170,9 +173,9 @@ def measure(teacher, student, page, image, each, said=("", ""), others=None):
     score = answer_scores(teacher, e, labels, hidden)
     fall = (score[:1] - score[1:]).cpu().double().numpy()      # a: how far the answer's score falls
     fisher = fisher_scores(teacher, student.config.hybrid["layers"], e, None, labels[None])[:, 0, visual]
-    drift, size, attention = walk(teacher, student, e, own[0]).cpu().double().numpy()
-    further = {name: walk(teacher, m, e, x)[0].cpu().double().numpy() for (name, m), x in zip(others.items(), own[1:])}
-    return Seen(page.id, page.source, visual.cpu().numpy(), rho.double().numpy(), drift, size, attention,
+    drift, size, turn, attention = walk(teacher, student, e, own[0]).cpu().double().numpy()
+    further = {name: walk(teacher, m, e, x)[[0, 2]].cpu().double().numpy() for (name, m), x in zip(others.items(), own[1:])}
+    return Seen(page.id, page.source, visual.cpu().numpy(), rho.double().numpy(), drift, size, turn, attention,
                 fall[:GROUPS], fall[GROUPS:] if each else None, fisher.cpu().double().numpy(), image,
                 (int(page.grids[0, 1]) // m, int(page.grids[0, 2]) // m), said, further)
 
@@ -301,6 +304,21 @@ def in_groups(one, values):
     return np.bincount(group, values) / np.bincount(group)
 
 
+MEASURES = {"length": "", "relative": ", over the residual's length", "turn": ", as 1 - cosine"}
+
+
+def drift_by_decile(pages, other=None):
+    """A student's drift, mean over layers, by three measures: its length, as the paper's delta has it;
+    over the length of the teacher's residual; and by direction alone. Lengths of streams differ from
+    position to position, and where a stream is long a small turn is a long way."""
+    rows = {measure: [] for measure in MEASURES}
+    for one in pages:
+        drift, turn = one.others[other] if other else (one.drift, one.turn)
+        for measure, values in zip(MEASURES, (drift, drift / one.size, turn)):
+            rows[measure].append(in_groups(one, values.mean(0)[one.visual]))
+    return {measure: by_decile(np.stack(values)) for measure, values in rows.items()}
+
+
 def spread(values):
     """Over pages: mean, 5th and 95th percentile, and the values, without those that are not
     defined."""
@@ -329,8 +347,8 @@ def diagnose(pages, replaced):
     if len(pages) < 2:
         raise ValueError(f"a bootstrap over pages needs at least 2 of them, but there are {len(pages)}")
     drifts = np.stack([[in_groups(one, row[one.visual]) for row in one.drift] for one in pages])  # (n, L, 10)
-    others = {name: np.stack([in_groups(one, one.others[name].mean(0)[one.visual]) for one in pages])
-              for name in pages[0].others}
+    others = {name: drift_by_decile(pages, name) for name in pages[0].others}
+    sizes = np.stack([[in_groups(one, row[one.visual]) for row in one.size] for one in pages]).mean(0)    # (L, 10)
     alone = [one for one in pages if one.alone is not None]
     lines = {"densest tenth": drifts[..., -1], "least dense tenth": drifts[..., 0],
              "text": np.stack([one.drift[:, ~one.visual].mean(1) for one in pages])}
@@ -338,8 +356,8 @@ def diagnose(pages, replaced):
     if len(alone) > 1:
         importance["alone"] = by_decile(np.stack([in_groups(one, one.alone) for one in alone]))
         importance["alone"]["spearman"] = spread([spearman(one.rho, one.alone) for one in alone])
-    return dict(pages=len(pages), replaced=list(replaced), drift=by_decile(drifts.mean(1)),
-                drift_of_others={name: by_decile(v) for name, v in others.items()},
+    return dict(pages=len(pages), replaced=list(replaced), drift=drift_by_decile(pages), drift_of_others=others,
+                size_by_layer={"densest tenth": sizes[:, -1].tolist(), "least dense tenth": sizes[:, 0].tolist()},
                 drift_by_layer={name: v.mean(0).tolist() for name, v in lines.items()}, importance=importance,
                 regression={name: regression(pages, reading, replaced) for name, reading in READINGS.items()},
                 fisher=fisher_ranks(pages, replaced))
@@ -369,8 +387,12 @@ def table(results):
 
     def ranked(x):
         return shown([x["mean"], *x["percentiles"]])
-    rows = [("drift, densest / least dense tenth (Fig. 3A)", "0.281 / 0.078 = 3.6", tenths(results["drift"])),
-            *((f"the same of {name}", "-", tenths(v)) for name, v in results["drift_of_others"].items()),
+    rows = [("drift, densest / least dense tenth (Fig. 3A)", "0.281 / 0.078 = 3.6", tenths(results["drift"]["length"])),
+            *((f"the same{of}{words}", "-", tenths(figures[measure])) for measure, words in MEASURES.items()
+              for of, figures in {"": results["drift"], **{f" of {n}": v for n, v in results["drift_of_others"].items()}}.items()
+              if of or words),
+            ("length of the teacher's residual, by layer", "-", ", ".join(f"{top:.0f} / {bottom:.0f}" for top, bottom in zip(
+                *results["size_by_layer"].values()))),
             ("answer score, a tenth hidden (Fig. 3B), nats", "0.143 / 0.041 = 3.5",
              tenths(results["importance"]["together"]))]
     if one := results["importance"].get("alone"):
@@ -394,7 +416,8 @@ def table(results):
 # Pictures
 
 # Okabe and Ito's colours, which the colour-blind tell apart
-RED, BLUE, GREEN, OCHRE, PALE = "#D55E00", "#0072B2", "#009E73", "#E69F00", "#c4c4cc"
+COLOURS = RED, BLUE, GREEN, OCHRE, PINK = "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7"
+PALE = "#c4c4cc"
 TENTHS = np.arange(1, GROUPS + 1)
 PAPER_TENTHS = {"drift": (0.078, 0.281), "together": (0.041, 0.143)}  # Fig. 3: least dense, densest
 
@@ -404,8 +427,9 @@ def draw_charts(results, path):
     figure, axes = plt.subplots(3, 2, figsize=(9, 10), layout="constrained")
     importance, student = results["importance"], results["student"]
     fall = "fall of the teacher's answer score, nats a token"
-    drawn = draw_tenths(axes[0, 0], {student: results["drift"]} | results["drift_of_others"])
-    axes[0, 0].set(title="A  Residual drift", ylabel=f"|student − teacher|, mean over layers\n({drawn} pages)")
+    drawn = draw_tenths(axes[0, 0], {name: figures["relative"] for name, figures in (
+        {student: results["drift"]} | results["drift_of_others"]).items()}, PAPER_TENTHS["drift"])
+    axes[0, 0].set(title="A  Residual drift over the residual's length", ylabel=f"|student − teacher| / |teacher|\n({drawn} pages)")
     drawn = draw_tenths(axes[0, 1], {"a tenth hidden": importance["together"]}, PAPER_TENTHS["together"])
     axes[0, 1].set(title="B  Importance of a tenth", ylabel=f"{fall}\n({drawn} pages)")
     if alone := importance.get("alone"):
@@ -445,7 +469,7 @@ def draw_tenths(axis, named, paper=None):
     """Means by tenth of the visual positions with their 95 % intervals; the paper's outer tenths
     where they are of the same unit. -> of how many pages."""
     named = {name: figures for name, figures in named.items() if figures}
-    for (name, figures), colour in zip(named.items(), (RED, BLUE, GREEN, OCHRE)):
+    for (name, figures), colour in zip(named.items(), COLOURS):
         mean, low, high = np.array(figures["means"], dtype=float).T
         axis.fill_between(TENTHS, low, high, color=colour, alpha=0.2, lw=0)
         axis.plot(TENTHS, mean, "o-", color=colour, ms=4, label=name)
