@@ -484,7 +484,7 @@ def part_rows(s):
 
 
 # --------------------------------------------------------------------------------------------------
-# The gallery: where the models disagree
+# The galleries: where the models disagree, and what all students fail
 
 
 def disagreements(results, k):
@@ -500,10 +500,26 @@ def disagreements(results, k):
     return [row for turn in turns for row in turn if row][:k]
 
 
-def gallery(results, path, k=8):
-    """Writes a picture like Fig. 6: up to k questions on which the models differ; image, question,
-    gold, and each model's answer in green (right) or red."""
-    models, rows = list(results), disagreements(results, k)
+def joint_failures(results, k=50):
+    """Up to k questions that every model but the first gets wrong, evenly from all of them; A.10
+    sorts fifty by hand."""
+    rows = [row for row in zip(*results.values())
+            if row[0]["image"] and all(record["score"] == 0 for record in row[1:])]
+    return [rows[i * len(rows) // k] for i in range(k)] if len(rows) > k else rows
+
+
+def write_failures(models, rows, path):
+    """A line for each question, with its answers and an empty "kind", which a person fills in."""
+    with open(path, "w") as file:
+        for row in rows:
+            line = dict(kind="", part=row[0]["part"], question=row[0]["question"], gold=row[0]["gold"],
+                        answers={m: record["answer"] for m, record in zip(models, row)}, id=row[0]["id"])
+            file.write(json.dumps(line) + "\n")
+
+
+def gallery(models, rows, path):
+    """Writes a picture like Fig. 6, a question a row: image, question, gold, and each model's answer
+    in green (right) or red. rows: each a record of every model."""
     side, width = 170, 230 + 190 * max(2, len(models))     # of an image; of the sheet
     sheet = Image.new("RGB", (width, max(1, len(rows)) * (side + 20) + 10), "white")
     pen, big, small = ImageDraw.Draw(sheet), ImageFont.load_default(15), ImageFont.load_default(12)
@@ -513,7 +529,7 @@ def gallery(results, path, k=8):
         pen.multiline_text((x, y), "\n".join(text or ["(nothing)"]), fill=fill, font=big, spacing=3)
 
     if not rows:
-        pen.text((10, 10), "The models agree on every question.", fill="black", font=big)
+        pen.text((10, 10), "There is no such question.", fill="black", font=big)
     for i, row in enumerate(rows):
         top, image = 10 + i * (side + 20), find_image(row[0]["image"][0])
         scale = side / max(image.size)
@@ -537,15 +553,19 @@ def gallery(results, path, k=8):
 
 
 def report(results, folder):
-    """Writes answers-MODEL.jsonl, results.json, results.md and gallery.png; prints the table."""
+    """Writes answers-MODEL.jsonl, results.json, results.md, and of several models gallery.png and
+    failures.png with failures.jsonl; prints the table."""
     for name, records in results.items():
         write_answers(folder, name, records)
     (folder / "results.json").write_text(json.dumps(summary(results), indent=1) + "\n")
     (folder / "results.md").write_text(text := table(results), encoding="utf-8")
     print(text + f"written to {folder}")
     if len(results) > 1:
+        models, failures = list(results), joint_failures(results)
+        write_failures(models, failures, folder / "failures.jsonl")
         try:
-            gallery(results, folder / "gallery.png")
+            gallery(models, disagreements(results, 8), folder / "gallery.png")
+            gallery(models, failures, folder / "failures.png")
         except Exception as error:                 # answers may be scored far from their images
             print(f"no gallery: {error}")
 

@@ -819,7 +819,7 @@ def test_gallery_shows_disagreements_in_two_colours(tmp_path):
     for records in (teacher, student):
         for i, r in enumerate(records):
             r["image"] = [f"synthdoc:reading:0:10:{i}"]
-    E.gallery({"tiny": teacher, "c4": student}, tmp_path / "g.png")
+    E.gallery(["tiny", "c4"], E.disagreements({"tiny": teacher, "c4": student}, 8), tmp_path / "g.png")
     shown = np.asarray(Image.open(tmp_path / "g.png"))
     assert shown.shape[0] == 10 + 2 * 190                  # the two questions they agree on are left out
     from synthdoc import World
@@ -831,10 +831,25 @@ def test_gallery_shows_disagreements_in_two_colours(tmp_path):
     for scores, records in (([1, 1, 1, 0], teacher), ([0, 0, 0, 1], student)):
         for score, record in zip(scores, records):
             record["score"] = score
-    E.gallery({"c3": teacher, "c4": student}, tmp_path / "g.png", k=2)      # three to one, but each has its turn
+    E.gallery(["c3", "c4"], E.disagreements({"c3": teacher, "c4": student}, 2), tmp_path / "g.png")
     shown = np.asarray(Image.open(tmp_path / "g.png"))
     page = np.asarray(World("eval", 0, "reading")[3].images[0].resize((170, 170), Image.Resampling.LANCZOS))
     assert shown.shape[0] == 10 + 2 * 190 and (shown[200:370, 10:180] == page).all()
+
+
+def test_what_all_students_fail_is_kept_to_be_sorted_by_hand(tmp_path):
+    marks = {"tiny": [1, 0, 1, 1, 0, 1], "c1": [0, 0, 1, 0, 0, 0], "c4": [0, 0, 0, 1, 0, 0]}
+    results = {name: made_up("reading", scores) for name, scores in marks.items()}
+    for records in results.values():
+        for i, record in enumerate(records):
+            record.update(image=[f"synthdoc:reading:0:10:{i}"], answer=f"{i}")
+    rows = E.joint_failures(results)
+    assert [row[0]["answer"] for row in rows] == ["0", "1", "4", "5"]         # whatever the teacher says
+    assert [row[0]["answer"] for row in E.joint_failures(results, 2)] == ["0", "4"]
+    E.write_failures(list(results), rows, tmp_path / "failures.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "failures.jsonl").read_text().splitlines()]
+    assert [line["answers"] for line in lines] == [dict.fromkeys(marks, i) for i in "0145"]
+    assert all(line["kind"] == "" and line["gold"] == results["tiny"][0]["gold"] for line in lines)
 
 
 def test_a_16_bit_grey_keeps_its_tone_in_evaluation(tmp_path):
