@@ -110,3 +110,11 @@ def test_the_worked_mixer_trains(tmp_path):
 
 def test_the_readme_has_no_unfinished_place():
     assert "@" not in README.replace("@@", "@") and "TBD" not in README
+
+
+def test_failures_sorted_by_hand_are_as_the_words_count_them():
+    kinds = [json.loads(line)["kind"] for line in (ROOT / "paper/results/failures.jsonl").read_text().splitlines()]
+    words = re.search(r"## What both C1 and C4 fail\n(.*?)\n## ", (ROOT / "paper/RESULTS.md").read_text(), re.S)[1]
+    shares = [int(n) for n in re.findall(r"(\d+) %", words)]
+    order = ["F2", "character", "place", "object", "guess", "field"]
+    assert len(kinds) == 50 and shares == [75, *(2 * kinds.count(kind) for kind in order)] and set(kinds) == set(order)
