@@ -387,6 +387,7 @@ def benchmark_summary(name, records):
     coverage = np.mean([r["score"] is not None for r in records])
     return dict(score=100 * float(t.weights @ t.scores) if coverage == 1 else None,
                 questions=len(records), coverage=coverage,
+                missing=sorted({str(r["part"]) for r in records if r["score"] is None}),
                 unparsed=np.mean([r["unparsed"] for r in records]),
                 parts={part: dict(score=100 * np.mean(scores), questions=len(scores))
                        for part, scores in sorted(parts.items())})
@@ -458,6 +459,8 @@ def part_rows(s):
         if first["coverage"] < 1:
             rows.append([f"{name}: coverage", first["questions"]]
                         + [f"{100 * of[name]['coverage']:.1f} %" for of in models])
+            rows.append([f"{name}: not scored: {', '.join(first['missing'])}", ""]
+                        + [len(of[name]["missing"]) for of in models])
     return rows
 
 
@@ -489,8 +492,9 @@ def write_failures(models, rows, path):
     """A line for each question, with its answers and an empty "kind", which a person fills in."""
     with open(path, "w") as file:
         for row in rows:
-            line = dict(kind="", part=row[0]["part"], question=row[0]["question"], gold=row[0]["gold"],
-                        answers={m: record["answer"] for m, record in zip(models, row)}, id=row[0]["id"])
+            first, answers = row[0], {m: record["answer"] for m, record in zip(models, row)}
+            line = dict(kind="", part=first["part"], question=first["question"],
+                        gold=first["gold"], answers=answers, id=first["id"])
             file.write(json.dumps(line) + "\n")
 
 

@@ -332,7 +332,7 @@ def lmms_eval_scorer():
         from nltk.corpus import wordnet
         wordnet.ensure_loaded()
         return ocrbench_v2_process_results
-    except (ImportError, LookupError):
+    except (ImportError, LookupError, OSError):    # OSError: WordNet lacks a file
         return None
 
 
