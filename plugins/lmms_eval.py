@@ -132,8 +132,9 @@ def manifest():
 
 
 def main():
-    # lmms-eval imports Hugging Face's `evaluate`, a name that our evaluate.py has too. Ours, imported
-    # above, gives it up, and this folder, which `python -m` searches first, is now searched last.
+    # lmms-eval imports Hugging Face's `evaluate`, a name that our evaluate.py has too. Ours,
+    # imported above, gives it up; this folder, which `python -m` searches first, is now searched
+    # last.
     del sys.modules["evaluate"]
     sys.path.append(sys.path.pop(0))
     from lmms_eval.cli.dispatch import main as lmms_eval_main
