@@ -5,16 +5,13 @@
     python evaluate.py TEACHER STUDENT --resume          goes on after an interruption
     python evaluate.py --rescore out/eval/answers-*.jsonl      scores again, without a model
 
-parts/benchmarks.py has the prompts and metrics, plugins/lmms_eval.py our models inside lmms-eval.
-
-From top to bottom: questions; answers; the table with paired bootstrap intervals; the gallery
-(Fig. 6). A record is one answer of one model, a dict: benchmark, id, part, question, image
-(references), gold, row (what the metric reads), run, answer, parsed, unparsed, score (0..1; None
-where this kind of question is not scored).
+From top to bottom: questions, answers, the table with paired bootstrap intervals, the gallery
+(Fig. 6); prompts and metrics are in parts/benchmarks.py. A record is one answer of one model, a
+dict: benchmark, id, part, question, image (references), gold, row (what the metric reads), run,
+answer, parsed, unparsed, score (0..1; None where this kind of question is not scored).
 """
 import argparse
 import copy
-import glob
 import hashlib
 import itertools
 import json
@@ -24,6 +21,7 @@ import sys
 import textwrap
 import zlib
 from collections import Counter, defaultdict
+from glob import glob
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -35,11 +33,11 @@ from tqdm import tqdm
 
 from data import BadSample, Processor, Sample, collate
 from model import Config, Qwen3VL, device_of, dtype_of
-from parts import images as pictures
+from parts import images
 from parts.benchmarks import BENCHMARKS, EMBEDDED, HARNESS_TOKENS, SYSTEM
+from synthdoc import World
 
-# --------------------------------------------------------------------------------------------------
-# Questions: a benchmark's rows as (record, Sample)
+# ---- Questions: a benchmark's rows as (record, Sample) -------------------------------------------
 
 
 def json_rows(file):
@@ -68,7 +66,7 @@ def parquet_rows(file):
 def read_rows(path):
     """Yields (row, FILE#NUMBER) of JSONL or parquet: a file, a folder or a pattern."""
     pattern = f"{path}/*" if Path(path).is_dir() else str(path)
-    files = [str(path)] if Path(path).is_file() else sorted(glob.glob(pattern))
+    files = [str(path)] if Path(path).is_file() else sorted(glob(pattern))
     files = [file for file in files if file.endswith((".jsonl", ".parquet"))]
     if not files:
         raise FileNotFoundError(f"{path} has no .jsonl or .parquet file")
@@ -83,17 +81,16 @@ def read_image(cell, folder):
     cell = cell.get("bytes") or cell.get("path") if isinstance(cell, dict) else cell
     if not isinstance(cell, (str, bytes)):
         raise ValueError(f"{cell!r} is neither a path nor a file's bytes")
-    # Like lmms-eval, shows what lies under transparent pixels; training shows white.
-    return pictures.read_image(
-        BytesIO(cell) if isinstance(cell, bytes) else Path(folder) / cell, on_white=False)
+    source = BytesIO(cell) if isinstance(cell, bytes) else Path(folder) / cell
+    return images.read_image(source, on_white=False)       # transparent pixels as in lmms-eval
 
 
 def find_image(reference):
     """The image that a record names: FILE#ROW#COLUMN, or synthdoc:SUITE:SEED:PAGE:INDEX."""
     if reference.startswith("synthdoc:"):
-        from synthdoc import World
-        _, suite, seed, page, index = reference.split(":")
-        return World("eval", int(seed), suite, (int(page), int(page)))[int(index)].images[0]
+        _, suite, *numbers = reference.split(":")
+        seed, page, index = map(int, numbers)
+        return World("eval", seed, suite, (page, page))[index].images[0]
     file, number, column = reference.rsplit("#", 2)
     row, _ = next(itertools.islice(read_rows(file), int(number), None))
     return read_image(row[column], Path(file).parent)
@@ -101,8 +98,7 @@ def find_image(reference):
 
 def embedded_questions(suite, n, seed, page):
     """The first question of each page of `page` x `page` cells, with its picture."""
-    from synthdoc import World
-    world = World("eval", seed, suite, cells=(page, page))
+    world = World("eval", seed, suite, (page, page))
     for i in range(n or 500):
         sample = world[i]
         prompt, gold = sample.messages[0], sample.messages[1]["content"][0]["text"]
@@ -123,17 +119,16 @@ def file_questions(name, path, n):
         except KeyError as lacking:
             raise ValueError(f"{place}: {name} needs a column {lacking}, "
                              f"not in {sorted(row)}") from None
-        except (ValueError, TypeError, AttributeError, IndexError, ArithmeticError,
-                SyntaxError) as error:
+        except Exception as error:                         # a row may hold anything
             raise ValueError(f"{place} is no question of {name}: {error}") from None
         try:
-            images = [read_image(cell, Path(place).parent) for cell in cells]
-        except Exception as error:                 # a broken file lets Pillow raise anything
+            shown = [read_image(cell, Path(place).parent) for cell in cells]
+        except ValueError as error:
             raise ValueError(f"{place}: its image cannot be read: {error}") from None
-        content = [{"type": "image"}] * len(images) + [{"type": "text", "text": record["question"]}]
+        content = [{"type": "image"}] * len(shown) + [{"type": "text", "text": record["question"]}]
         messages = [dict(role="system", content=[{"type": "text", "text": SYSTEM}]),
                     dict(role="user", content=content)]
-        yield record, Sample(record["id"], messages, images, name, where=place)
+        yield record, Sample(record["id"], messages, shown, name, where=place)
 
 
 def file_record(name, row, number, place):
@@ -157,8 +152,7 @@ def file_record(name, row, number, place):
     return record, cells
 
 
-# --------------------------------------------------------------------------------------------------
-# Answers
+# ---- Answers -------------------------------------------------------------------------------------
 
 
 def full_processor(folder):
@@ -170,8 +164,8 @@ def full_processor(folder):
 def harness_processor(processor):
     """The same with lmms-eval's bounds on an image, for questions from files."""
     processor = copy.copy(processor)
-    processor.min_pixels, processor.max_pixels = (
-        tokens * processor.factor ** 2 for tokens in HARNESS_TOKENS)
+    bounds = [tokens * processor.factor ** 2 for tokens in HARNESS_TOKENS]
+    processor.min_pixels, processor.max_pixels = bounds
     return processor
 
 
@@ -213,12 +207,10 @@ def evaluate_models(models, processor, n=None, benches=None, seed=0, batch_size=
 
     models: {name: a Qwen3VL, or a folder that is loaded when its turn comes}.
     benches: {benchmark: path, or None for an embedded suite}, by default reading and reasoning.
-    n: questions of each (None: 500 embedded ones, all of a file).
-    max_new_tokens: a cap below each benchmark's own.
+    n: questions of each (None: 500 embedded ones, all of a file). page: cells on a page's side.
+    max_new_tokens: a cap below each benchmark's own. eager: without CUDA graphs.
     keep: a folder in which answers-MODEL.jsonl grows as replies come, for they may take hours.
-    page: cells on a side of an embedded page.
-    resume: go on after the answers in `keep`; ValueError if they are to other questions.
-    eager: without CUDA graphs."""
+    resume: go on after the answers in `keep`; ValueError if they are to other questions."""
     benches, results = benches or dict.fromkeys(EMBEDDED[:2]), {}
     for name, path in benches.items():             # a missing column shows before the first answer
         if path is not None and next(file_questions(name, path, 1), None) is None:
@@ -238,18 +230,18 @@ def evaluate_models(models, processor, n=None, benches=None, seed=0, batch_size=
             questions = (embedded_questions(name, n, seed, page) if path is None else
                          file_questions(name, path, n))
             sees = processor if path is None else harness_processor(processor)
-            old = [r for r in answered[model_name] if r["benchmark"] == name]
-            skip_answered(questions, old, f"{weights} {limit}", keep)
-            results[model_name] += old
+            run, label = f"{weights} {limit}", f"{model_name}: {name}"
+            records = [r for r in answered[model_name] if r["benchmark"] == name]
+            skip_answered(questions, records, run, keep)
             while window := list(itertools.islice(questions, 8 * batch_size)):     # images at once
-                records, samples = zip(*window)
-                replies = answer(model, sees, samples, batch_size, limit, f"{model_name}: {name}",
-                                 eager)
-                new = [with_score({**record, "run": f"{weights} {limit}", "answer": reply})
-                       for record, reply in zip(records, replies)]
-                results[model_name] += new
+                asked, samples = zip(*window)
+                replies = answer(model, sees, samples, batch_size, limit, label, eager)
+                new = [with_score({**record, "run": run, "answer": reply})
+                       for record, reply in zip(asked, replies)]
+                records += new
                 if keep:
                     write_answers(keep, model_name, new, append=True)
+            results[model_name] += records
         model.train(was_training)
     return results
 
@@ -267,7 +259,7 @@ def resumed_answers(folder, model, benches):
     if not file.exists():
         return []
     os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
-    records, _ = read_answers(file)
+    records = [record for record, _ in read_answers(file)]
     if others := {record["benchmark"] for record in records} - set(benches):
         raise ValueError(f"{folder} holds answers to {', '.join(sorted(others))} too: ask for all "
                          "of it, or choose another --out")
@@ -289,20 +281,16 @@ def skip_answered(questions, old, run, folder):
 
 
 def read_answers(file):
-    """The records of an answers-MODEL.jsonl, scored anew, and how many scores changed."""
+    """Yields the records of an answers-MODEL.jsonl, scored anew, and whether a score changed."""
     fields = {"model", "benchmark", "id", "part", "question", "image", "gold", "row", "answer"}
-    records, changed = [], 0
     for record in json_rows(file):
         try:
+            if not fields <= set(record) or "/" in record["model"]:     # it becomes a file's name
+                raise ValueError
             new = with_score(record)
-            ours = fields <= set(record) and "/" not in record["model"]   # it becomes a file's name
-        except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, SyntaxError):
-            ours = False
-        if not ours:
-            raise ValueError(f"{file} is not a file of answers that this script wrote")
-        changed += new["score"] != record.get("score")
-        records.append(new)
-    return records, changed
+        except Exception:                                  # a row may hold anything
+            raise ValueError(f"{file} is not a file of answers that this script wrote") from None
+        yield new, new["score"] != record.get("score")
 
 
 def write_answers(folder, model, records, append=False):
@@ -315,15 +303,14 @@ def write_answers(folder, model, records, append=False):
         os.replace(new, file)
 
 
-# --------------------------------------------------------------------------------------------------
-# The table: scores, paired differences, parts
+# ---- The table: scores, paired differences, parts ------------------------------------------------
 
 
 class Tally(NamedTuple):
     ids: list
     scores: np.ndarray              # (n,) in 0..1
     weights: np.ndarray             # (n,), sum 1: the benchmark's score is weights @ scores
-    strata: np.ndarray              # (n,) int: resampling keeps the size of each
+    parts: np.ndarray               # (n,) str: resampling keeps the size of each
 
 
 def tally(records, overall):
@@ -334,27 +321,24 @@ def tally(records, overall):
         for r in scored:
             key = str(int(r["id"]) % 10 ** 6)              # copies are 1e6 apart
             least[key] = min(r["score"], least.get(key, 1.0))
-        ids, scores, parts = list(least), list(least.values()), [0] * len(least)
-    else:
-        ids, scores = [r["id"] for r in scored], [r["score"] for r in scored]
-        parts = [r["part"] if overall == "parts" else 0 for r in scored]
+        scored = [dict(id=key, score=score) for key, score in least.items()]
+    parts = [str(r["part"]) if overall == "parts" else "" for r in scored]
     sizes = Counter(parts)
-    names = sorted(sizes, key=str)
-    return Tally(ids, np.array(scores, float),
-                 np.array([1 / (len(sizes) * sizes[part]) for part in parts]),
-                 np.array([names.index(part) for part in parts], int))
+    weights = [1 / (len(sizes) * sizes[part]) for part in parts]
+    return Tally([r["id"] for r in scored], np.array([r["score"] for r in scored], float),
+                 np.array(weights), np.array(parts))
 
 
-def resample(a, b, draws=2000, seed=0):
-    """Paired bootstrap: (draws,) differences b - a of two tallies, resampled within strata."""
+def resample(a, b, draws, seed):
+    """Paired bootstrap: (draws,) differences b - a of two tallies, resampled within parts."""
     if a.ids != b.ids:
         raise ValueError(f"a paired comparison needs the same questions: one model has "
                          f"{len(a.ids)}, the other {len(b.ids)}, {len(set(a.ids) & set(b.ids))} in "
                          "common")
     rng, total = np.random.default_rng(seed), np.zeros(draws)
     gain = a.weights * (b.scores - a.scores)
-    for stratum in range(a.strata.max(initial=-1) + 1):
-        values = gain[a.strata == stratum]
+    for part in sorted(set(a.parts)):
+        values = gain[a.parts == part]
         total += [values[rng.integers(0, len(values), len(values))].sum() for _ in range(draws)]
     return total
 
@@ -380,29 +364,30 @@ def compare(first, second, draws=2000, seed=0):
     """Two models' records -> {benchmark or average: (second - first, low, high)}, in points.
 
     low and high bound the 95 % interval."""
-    first, second, change, drawn = by_benchmark(first), by_benchmark(second), {}, {}
+    first, second, changes = by_benchmark(first), by_benchmark(second), {}
     if list(first) != list(second):
         raise ValueError(f"the models answered {list(first)} and {list(second)}")
     for name in first:
         if all(r["score"] is not None for r in first[name] + second[name]):
             a, b = (tally(of[name], BENCHMARKS[name].overall) for of in (first, second))
-            change[name] = float(b.weights @ b.scores - a.weights @ a.scores)
-            drawn[name] = resample(a, b, draws, [seed, zlib.crc32(name.encode())])
-    for of in (change, drawn):                             # averages are linear: the draws' too
-        of.update({f"avg {group}": mean for group, (_, mean) in averages(of).items()})
-    bounds = {key: np.percentile(drawn[key], (2.5, 97.5)) for key in drawn}
-    return {key: tuple(100 * float(x) for x in (change[key], *bounds[key])) for key in change}
+            drawn = resample(a, b, draws, [seed, zlib.crc32(name.encode())])
+            changes[name] = np.append(b.weights @ b.scores - a.weights @ a.scores, drawn)
+    # Averages are linear: of the differences themselves, which stand first, and of every draw.
+    changes.update({f"avg {group}": mean for group, (_, mean) in averages(changes).items()})
+    return {key: tuple(100 * float(x) for x in (change[0], *np.percentile(change[1:], (2.5, 97.5))))
+            for key, change in changes.items()}
 
 
-def benchmark_summary(records, overall):
+def benchmark_summary(name, records):
     """One model on one benchmark -> overall score and those of the parts, 0..100; coverage."""
-    t, parts = tally(records, overall), defaultdict(list)
+    t, parts = tally(records, BENCHMARKS[name].overall), defaultdict(list)
     for r in records:
-        if r["part"] is not None and r["score"] is not None:
+        if None not in (r["part"], r["score"]):
             parts[r["part"]].append(r["score"])
     coverage = np.mean([r["score"] is not None for r in records])
     return dict(score=100 * float(t.weights @ t.scores) if coverage == 1 else None,
                 questions=len(records), coverage=coverage,
+                missing=sorted({str(r["part"]) for r in records if r["score"] is None}),
                 unparsed=np.mean([r["unparsed"] for r in records]),
                 parts={part: dict(score=100 * np.mean(scores), questions=len(scores))
                        for part, scores in sorted(parts.items())})
@@ -410,30 +395,25 @@ def benchmark_summary(records, overall):
 
 def summary(results):
     """{model: records} -> everything that the table shows, as one dict for JSON."""
-    scores = {model: {name: benchmark_summary(group, BENCHMARKS[name].overall)
-                      for name, group in by_benchmark(records).items()}
-              for model, records in results.items()}
-    means = {model: averages({name: one["score"] for name, one in of.items()
-                              if one["score"] is not None}) for model, of in scores.items()}
-    unparsed = {model: np.mean([r["unparsed"] for r in records])
-                for model, records in results.items()}
-    pairs = itertools.combinations(results, 2)
-    return dict(models=list(results), scores=scores, averages=means, unparsed=unparsed,
-                differences={f"{b} - {a}": compare(results[a], results[b]) for a, b in pairs})
+    s = dict(models=list(results), scores={}, averages={}, unparsed={}, differences={})
+    for model, records in results.items():
+        one = {name: benchmark_summary(name, rs) for name, rs in by_benchmark(records).items()}
+        means = averages({name: of["score"] for name, of in one.items() if of["score"] is not None})
+        s["scores"][model], s["averages"][model] = one, means
+        s["unparsed"][model] = np.mean([r["unparsed"] for r in records])
+    for a, b in itertools.combinations(results, 2):
+        s["differences"][f"{b} - {a}"] = compare(results[a], results[b])
+    return s
 
 
 def table(results):
     """{model: records} -> Markdown: benchmarks by models with averages, differences, parts."""
-    s = summary(results)
-    tables = score_rows(s), difference_rows(s), part_rows(s)
-    return "\n".join(line for rows in tables for line in markdown(rows))
-
-
-def markdown(rows):
-    """A head and rows -> the lines of a table and a blank one; none where there is only a head."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    ruler = "| " + " | ".join(["---"] * len(rows[0])) + " |"
-    return [lines[0], ruler, *lines[1:], ""] if len(rows) > 1 else []
+    s, lines = summary(results), []
+    for head, *rows in (score_rows(s), difference_rows(s), part_rows(s)):
+        if rows:
+            rows = [head, ["---"] * len(head), *rows]
+            lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows] + [""]
+    return "\n".join(lines)
 
 
 INTERVAL = "{:+.2f} [{:+.2f}, {:+.2f}]"
@@ -461,9 +441,8 @@ def score_rows(s):
 
 def difference_rows(s):
     """Every model against the first one and against its neighbour on the left."""
-    models = s["models"]
-    pairs = dict.fromkeys([f"{m} - {models[0]}" for m in models[1:]]
-                          + [f"{b} - {a}" for a, b in zip(models, models[1:])])
+    first, *others = s["models"]
+    pairs = [f"{m} - {first}" for m in others] + [f"{b} - {a}" for a, b in zip(others, others[1:])]
     changes = [s["differences"][pair] for pair in pairs]
     rows = [["points, 95 % interval", *pairs]]
     for key in changes[0] if changes else ():
@@ -480,11 +459,12 @@ def part_rows(s):
         if first["coverage"] < 1:
             rows.append([f"{name}: coverage", first["questions"]]
                         + [f"{100 * of[name]['coverage']:.1f} %" for of in models])
+            rows.append([f"{name}: not scored: {', '.join(first['missing'])}", ""]
+                        + [len(of[name]["missing"]) for of in models])
     return rows
 
 
-# --------------------------------------------------------------------------------------------------
-# The galleries: where the models disagree, and what all students fail
+# ---- The galleries: where the models disagree, and what all students fail ------------------------
 
 
 def disagreements(results, k):
@@ -512,8 +492,9 @@ def write_failures(models, rows, path):
     """A line for each question, with its answers and an empty "kind", which a person fills in."""
     with open(path, "w") as file:
         for row in rows:
-            line = dict(kind="", part=row[0]["part"], question=row[0]["question"], gold=row[0]["gold"],
-                        answers={m: record["answer"] for m, record in zip(models, row)}, id=row[0]["id"])
+            first, answers = row[0], {m: record["answer"] for m, record in zip(models, row)}
+            line = dict(kind="", part=first["part"], question=first["question"],
+                        gold=first["gold"], answers=answers, id=first["id"])
             file.write(json.dumps(line) + "\n")
 
 
@@ -538,18 +519,17 @@ def gallery(models, rows, path):
         sheet.paste(image, (10 + (side - image.width) // 2, top + (side - image.height) // 2))
         write(200, top, row[0]["question"], "black", (width - 210) // 8, 3)
         write(200, top + 66, f"gold: {row[0]['gold']}", "black", (width - 210) // 8, 1)
-        for j, record in enumerate(row):
-            right, x = record["score"] >= 0.5, 200 + 190 * j
+        for x, model, record in zip(itertools.count(200, 190), models, row):
+            right = record["score"] >= 0.5
             colour, verdict = ((24, 118, 60), "right") if right else ((186, 36, 36), "wrong")
             pen.rectangle([x, top + 92, x + 180, top + side], outline=colour, width=2)
-            pen.text((x + 8, top + 97), f"{models[j]}: {verdict}", fill=colour, font=small)
+            pen.text((x + 8, top + 97), f"{model}: {verdict}", fill=colour, font=small)
             write(x + 8, top + 116, record["answer"], colour, 20, 3)
         pen.line([10, top + side + 9, width - 10, top + side + 9], fill=(215, 215, 215))
     sheet.save(path)
 
 
-# --------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line --------------------------------------------------------------------------------
 
 
 def report(results, folder):
@@ -572,15 +552,12 @@ def report(results, folder):
 
 def rescored(files):
     """answers-*.jsonl files -> {model: records}, scored anew; says how many scores changed."""
-    results, changed = defaultdict(list), 0
-    for file in files:
-        records, more = read_answers(file)
-        changed += more
-        for record in records:
-            results[record["model"]].append(record)
-    if not results:
+    results, pairs = defaultdict(list), [pair for file in files for pair in read_answers(file)]
+    if not pairs:
         raise ValueError(f"{', '.join(files)}: no answers")
-    print(f"{changed} of {sum(map(len, results.values()))} scores changed")
+    for record, _ in pairs:
+        results[record["model"]].append(record)
+    print(f"{sum(changed for _, changed in pairs)} of {len(pairs)} scores changed")
     return results
 
 
@@ -605,8 +582,8 @@ def flags():
     p.add_argument("models", nargs="*", help="model folders, the teacher first")
     p.add_argument("--bench", action="append", default=[], metavar="NAME=PATH",
                    help=f"instead of the embedded suites; names: {', '.join(BENCHMARKS)}")
-    p.add_argument("--n", type=int,
-                   help="the first n questions of each (default: 500 embedded; all of a file)")
+    p.add_argument("--n", type=int, help="the first n questions of each (default: 500 embedded; "
+                   "all of a file)")
     p.add_argument("--seed", type=int, default=0, help="of the embedded world")
     p.add_argument("--page", type=int, default=10, help="cells on a side of an embedded page")
     p.add_argument("--batch-size", type=int, default=16)

@@ -6,7 +6,7 @@
     python sft_dpo.py dpo --model out/c4-sft --data pairs.jsonl --dry-run
     python sft_dpo.py sft --help                              # every setting, with its reason
 
-Both phases are an objective for the loop of loop.py: what trains, and the loss of one micro-batch.
+Both phases are an objective for the loop of loop.py: what trains, and the loss of a micro-batch.
 
     SFT    - sum over answer tokens of log pi(token | all before it), over the number of such tokens
     DPO    - log sigmoid(beta ((pi_c - ref_c) - (pi_r - ref_r))), over the number of pairs
@@ -16,9 +16,8 @@ Both phases are an objective for the loop of loop.py: what trains, and the loss 
     ref_c, ref_r  the same by the SFT checkpoint: this model, its adapters off    (pairs,)
     A, B          LoRA: the layer's W becomes W + (alpha / r) B A                 (r, in), (out, r)
 
-What the paper calls the vision encoder is the ViT: patch embedding, positions and blocks (C.3 lists
-the projector apart from it). It never trains here; the mergers, Qwen3-VL's projector, do, unless
---no-projector.
+The paper's vision encoder is the ViT: patch embedding, positions and blocks. It never trains here;
+the mergers, Qwen3-VL's projector (C.3 lists it apart), do, unless --no-projector.
 Shape letters: B batch, T positions, D model width, V vocabulary, n supervised positions.
 """
 import sys
@@ -41,8 +40,7 @@ from parts.ranks import shard
 from parts.runs import last_checkpoint, tensor_bytes, writing
 from synthdoc import World
 
-# --------------------------------------------------------------------------------------------------
-# Settings, Table 11: every field is a flag
+# ---- Settings, Table 11: every field is a flag ---------------------------------------------------
 
 
 @dataclass
@@ -91,8 +89,7 @@ DPO_DEFAULTS = {
     "lr":           (1e-4,              1e-6),
 }
 
-# --------------------------------------------------------------------------------------------------
-# Losses
+# ---- Losses --------------------------------------------------------------------------------------
 
 
 def answer_logps(model, batch, vision=None):
@@ -112,8 +109,7 @@ def dpo_loss(pi_c, pi_r, ref_c, ref_r, beta):
     return -F.logsigmoid(chosen - rejected), chosen.detach(), rejected.detach()
 
 
-# --------------------------------------------------------------------------------------------------
-# What trains
+# ---- What trains ---------------------------------------------------------------------------------
 
 
 def in_vision_encoder(name, projector):
@@ -122,10 +118,8 @@ def in_vision_encoder(name, projector):
 
 
 def add_adapters(model, s):
-    """LoRA on every linear layer outside the vision encoder: attention, mixers, MLPs, mergers. Not on
-    the head, which may be the embedding table as well; nor on convolutions, norms and decay rates,
-    which are no linear layers. A mixer must call its projections as modules: one that reads
-    `proj.weight` finds none."""
+    """LoRA on every linear layer outside the vision encoder but the head, which may be the embedding
+    table as well. A mixer must call its projections as modules: `proj.weight` has no adapter."""
     generator = torch.Generator().manual_seed(s.seed)
 
     def adapted(name, module):
@@ -135,14 +129,13 @@ def add_adapters(model, s):
     return model.train()
 
 
-# --------------------------------------------------------------------------------------------------
-# The objectives: what loop.py asks of a phase
+# ---- The objectives: what loop.py asks of a phase ------------------------------------------------
 
 
 class SFT:
     """Everything but the vision encoder trains, as fp32 masters. Rows of a batch are samples of
     their own, padded on the right: neither attention nor state passes from one to another."""
-    pairs = False                                         # what its samples are
+    label, pairs = "sft", False                           # pairs: what its samples are
 
     def __init__(self, s, model):
         self.s, self.model = s, model
@@ -155,7 +148,7 @@ class SFT:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def prepare(self, progress):
-        return "sft", (0, 1)
+        return self.label, (0, 1)
 
     def loss(self, batch, label, backward=lambda part: part):
         logps, counts = answer_logps(self.model, batch)
@@ -165,31 +158,23 @@ class SFT:
         return self.model.in_dtype(dtype_of(self.s.dtype, self.model.lm_head.weight.device)).eval()
 
 
-class DPO:
+class DPO(SFT):
     """Adapters train; the reference is the model without them, so that there is no second copy."""
-    pairs = True
+    label, pairs = "dpo", True
 
     def __init__(self, s, model):
         self.s, self.model = s, model.requires_grad_(False)
         add_adapters(model, s)
 
-    def parameters(self):
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def prepare(self, progress):
-        return "dpo", (0, 1)
-
     def loss(self, batch, label, backward=lambda part: part):
         vision = None
-        if batch.pixels is not None and not self.s.projector:
-            # Nothing of the tower trains or has adapters: policy and reference see the same.
+        if batch.pixels is not None and not self.s.projector:    # policy and reference see the same
             vision = self.model.visual(batch.pixels, batch.grids)
         with torch.no_grad(), adapters_off(self.model):
             ref = self.pair_logps(batch, vision)                                    # (pairs, 2)
         pi = self.pair_logps(batch, vision)                                         # (pairs, 2)
         losses, chosen, rejected = dpo_loss(*pi.unbind(1), *ref.unbind(1), self.s.beta)
-        terms = {"rewards/chosen": chosen,
-                 "rewards/rejected": rejected,
+        terms = {"rewards/chosen": chosen, "rewards/rejected": rejected,
                  "rewards/margins": chosen - rejected,
                  "rewards/accuracies": (chosen > rejected).float(),
                  "logps/chosen": pi[:, 0].detach(),
@@ -216,8 +201,7 @@ class Phase(NamedTuple):
 PHASES = {"sft": Phase(SFTSettings, SFT_DEFAULTS, SFT, 1000),
           "dpo": Phase(DPOSettings, DPO_DEFAULTS, DPO, 2000)}
 
-# --------------------------------------------------------------------------------------------------
-# Data
+# ---- Data ----------------------------------------------------------------------------------------
 
 
 def check_kind(sample, pairs, embedded):
@@ -243,8 +227,7 @@ def caps(s, phase):
 
 
 def epoch_tokens(data, processor, probes=500):
-    """About how many tokens a data set has, by evenly spaced samples. Raises BadSample if none is
-    usable."""
+    """About how many tokens a data set has, by evenly spaced samples. BadSample if none is usable."""
     lengths, complaint = [], None
     probed = sorted({k * len(data) // probes for k in range(probes)})
     for i in probed:
@@ -258,8 +241,7 @@ def epoch_tokens(data, processor, probes=500):
     return round(sum(lengths) / len(probed) * len(data))  # what is left out has no tokens
 
 
-# --------------------------------------------------------------------------------------------------
-# The run
+# ---- The run -------------------------------------------------------------------------------------
 
 
 def build(s, phase, device):
@@ -278,12 +260,11 @@ def finish(s, model):
     print(f"{out} holds the model and log.jsonl. python evaluate.py {s.model} {out} judges it"
           + (" (--bench NAME=FILE)." if s.data else "."))
     if s.questions and not s.data:
-        like = model.lm_head.weight
-        models = {Path(s.model).name: s.model, out.name: model}
-        results = evaluate_models(models, full_processor(s.model), s.questions, device=like.device,
-                                  dtype=like.dtype)
-        (out / "table.md").write_text(table(results) + "\n")
-        print(f"\n{table(results)}\n")
+        models, like = {Path(s.model).name: s.model, out.name: model}, model.lm_head.weight
+        report = table(evaluate_models(models, full_processor(s.model), s.questions,
+                                       device=like.device, dtype=like.dtype))
+        (out / "table.md").write_text(report + "\n")
+        print(f"\n{report}\n")
 
 
 def dry_run(s, phase):

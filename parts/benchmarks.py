@@ -2,17 +2,16 @@
 
 Prompts, answer lengths and metrics are those of lmms-eval 0.7.3 under its prompt key `qwen3_vl`.
 Where it has GPT judge (MMBench, MathVista), rules score here and the title says so. Where it draws
-a letter at random or takes the most similar choice, the answer is unparsed: wrong, and the rate is
-shown. Of OCRBench v2 some types are scored by lmms-eval itself, if it is installed; without it the
-table has a score by type and a coverage instead of a headline.
-
-From top to bottom: metrics, (reply, row of the data set) -> Verdict; BENCHMARKS, a row for each.
+a letter or takes the most similar choice, the answer is unparsed, which counts as wrong. Some types
+of OCRBench v2 are scored by lmms-eval itself, if it is installed; without it the table has a score
+by type and a coverage. BENCHMARKS, at the end, has a row for each.
 """
 import ast
 import contextlib
 import functools
 import io
 import json
+import math
 import re
 import string
 from dataclasses import dataclass
@@ -20,8 +19,7 @@ from typing import Callable, NamedTuple, Optional
 
 import numpy as np
 
-# --------------------------------------------------------------------------------------------------
-# Metrics: pure functions of a reply (stripped) and a row
+# ---- Metrics: pure functions of a reply (stripped) and a row -------------------------------------
 
 
 class Verdict(NamedTuple):
@@ -77,7 +75,7 @@ APOSTROPHES = {word[:i] + word[i + 1:]: word
                for word in CONTRACTIONS for i, c in enumerate(word) if c == "'"}
 APOSTROPHES["somebody'd"] = "somebodyd"                    # the one entry that goes the other way
 NUMBER_WORDS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
-                  "0 0 1 2 3 4 5 6 7 8 9 10".split()))
+                        "0 0 1 2 3 4 5 6 7 8 9 10".split()))
 
 
 def normalise_evalai(text):
@@ -107,7 +105,7 @@ def exact_match(reply, row):
     return Verdict(float(got == " ".join(row["answer"].split())), got or None)
 
 
-# -- multiple choice: four data sets, four ways of finding the letter
+# ---- Multiple choice: every data set has its own way of finding the letter -----------------------
 
 ANSWER_PHRASES = [
     "answer is", "the answer is", "correct answer is", "the correct answer is", "best answer is",
@@ -115,7 +113,7 @@ ANSWER_PHRASES = [
     "the best option is", "choice is", "the choice is", "correct choice is",
     "the correct choice is", "my answer is", "my choice is", "i choose", "i select", "i pick",
     "옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"]
-LETTER_FORMS = "X X. X, X: X) X). (X) (X). :X :X, :X. :X) :X).".split()        # MMBench's, of a letter X
+LETTER_FORMS = "X X. X, X: X) X). (X) (X). :X :X, :X. :X) :X).".split()    # MMBench's, of letter X
 
 
 def strip_marks(reply, marks):
@@ -201,9 +199,8 @@ def mmmu_vision(reply, row):
 
 
 def mathvista(reply, row):
-    """Typed equality. lmms-eval has GPT reduce a reply to a value first; here the reply must be one:
-    a choice or its letter, or a number. Its fall-back, the most similar choice, is a guess and
-    counts as unparsed."""
+    """Typed equality. lmms-eval has GPT reduce a reply to a value first; here the reply must be
+    one: a choice or its letter, or a number."""
     kind, got = row["answer_type"], None
     if row["question_type"] == "multi_choice":
         by_letter = dict(zip(string.ascii_uppercase, row["choices"]))
@@ -213,17 +210,15 @@ def mathvista(reply, row):
         got = by_letter.get(said) or (said if said in row["choices"] else None)
         got = by_letter.get(ahead[1]) if got is None and ahead else got
     elif kind in ("integer", "float"):
-        try:
+        with contextlib.suppress(ValueError, OverflowError):
             value = float(reply)
             got = str(int(value) if kind == "integer" else round(value, int(row["precision"])))
-        except (ValueError, OverflowError):
-            got = None
     else:
         got = reply or None
     return Verdict(float(got is not None and got.strip() == str(row["answer"]).strip()), got)
 
 
-# -- OCRBench v2: a table of its own, by type of question
+# ---- OCRBench v2: a table of its own, by type of question ----------------------------------------
 
 
 def one_line(text):
@@ -238,11 +233,11 @@ def without_text_tags(text):
     return without_spaces(re.sub(r"\\text\{([^{}]*)\}", r"\1", text))
 
 
-def contained_or_alike(reply, answers, clean, parts=lambda a: 0, few=1):
-    """1 if an answer of fewer than `few` parts is in the reply ("1" is in "12345"); else by ANLS."""
+def contained_or_alike(reply, answers, clean, few=math.inf, separator=None):
+    """1 if an answer of fewer than `few` words is in the reply ("1" in "12345"); else by ANLS."""
     best, reply = 0.0, clean(reply)
     for answer in (clean(str(a)) for a in answers):
-        if parts(answer) < few:
+        if len(answer.split(separator)) < few:
             best = max(best, float(answer in reply))
         else:
             alike = 1 - levenshtein(reply, answer) / max(len(reply), len(answer), 1)
@@ -255,11 +250,10 @@ def ocr_vqa(reply, row, chinese=False):
     if row.get("eval") == "multiple choice":
         return float("".join(filter(str.isalpha, reply)) == answers[0])
     if row.get("eval") == "case sensitive":
-        return contained_or_alike(reply, answers, one_line, lambda a: len(a.split()), 5)
+        return contained_or_alike(reply, answers, one_line, 5)
     if chinese:
-        return contained_or_alike(reply, answers, lambda s: without_spaces(s.lower()),
-                                  lambda a: len(a.split(",")), 4)
-    return contained_or_alike(reply, answers, lambda s: one_line(s.lower()), lambda a: len(a.split()), 5)
+        return contained_or_alike(reply, answers, lambda s: without_spaces(s.lower()), 4, ",")
+    return contained_or_alike(reply, answers, lambda s: one_line(s.lower()), 5)
 
 
 def ocr_counting(reply, row):
@@ -278,13 +272,11 @@ def parse_fields(reply):
     """A reply's key-value pairs: JSON or a Python dict, fenced or not, else all `key: value`."""
     fence = re.search(r"```(?:python|json)?\n(.*?)\n```", reply, re.DOTALL | re.IGNORECASE)
     text = fence[1] if fence else reply.strip()
-    for parse in (json.loads, ast.literal_eval):
-        try:
+    pairs = re.findall(r"""([\w\s]+)(?:["']\s*)?[:=]\s*["']?([^\n,"'{}]+)""", text)
+    got = {key.strip(): value for key, value in pairs}
+    for parse in (ast.literal_eval, json.loads):   # the last one that can has the say
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             got = parse(text)
-            break
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            got = re.findall(r"""([\w\s]+)(?:["']\s*)?[:=]\s*["']?([^\n,"'{}]+)""", text)
-            got = {key.strip(): value for key, value in got}
     if not isinstance(got, dict) or not all(isinstance(key, str) for key in got):
         return {}
     return {key.strip(): str(value).strip() for key, value in got.items()}
@@ -298,9 +290,9 @@ def ocr_fields(reply, row):
             gold = json.loads(gold.strip('"'))
         except ValueError:
             gold = ast.literal_eval(gold.strip('"'))
-    accepted = {key: values if isinstance(values, list) else [values] for key, values in gold.items()}
+    lists = {key: value if isinstance(value, list) else [value] for key, value in gold.items()}
     accepted = {key: [without_spaces(str(value).lower()) for value in values]
-                for key, values in accepted.items()}
+                for key, values in lists.items()}
     got = {key: without_spaces(value.lower()) for key, value in parse_fields(reply).items()}
     keys = set(accepted) | set(got)
     return sum(key in got and got[key] in accepted.get(key, ()) for key in keys) / max(len(keys), 1)
@@ -318,10 +310,8 @@ def iou(a, b):
 
 def ocr_position(reply, row):
     got, overlap, right = parse_fields(reply), 0.0, 0.0
-    try:
+    with contextlib.suppress(KeyError, ValueError, SyntaxError, TypeError, IndexError):
         overlap = iou(ast.literal_eval(got["bbox"]), row["bbox"])
-    except (KeyError, ValueError, SyntaxError, TypeError, IndexError):
-        pass
     if "answer" in got:
         right = ocr_vqa(got["answer"], {"answers": row["answers"]})
     return 0.5 * right + 0.5 * overlap
@@ -342,7 +332,7 @@ def lmms_eval_scorer():
         from nltk.corpus import wordnet
         wordnet.ensure_loaded()
         return ocrbench_v2_process_results
-    except (ImportError, LookupError):
+    except (ImportError, LookupError, OSError):    # OSError: WordNet lacks a file
         return None
 
 
@@ -387,13 +377,12 @@ def ocrbench(reply, row):
     return Verdict(OCR_TYPES.get(row["type"], ocr_by_lmms_eval)(reply, row), reply or None)
 
 
-# --------------------------------------------------------------------------------------------------
-# The benchmarks: one row each
+# ---- The benchmarks: one row each ----------------------------------------------------------------
 
 LETTER = "Answer with the option's letter from the given choices directly"
 ONLY = "Answer with the option letter only."
 SINGLE = "\nAnswer the question using a single word or phrase."
-SYSTEM = "You are a helpful assistant."                    # lmms-eval's; the embedded world has none
+SYSTEM = "You are a helpful assistant."                    # the embedded world has none
 HARNESS_TOKENS = (4, 16384)                                # of its least and its greatest image
 
 
@@ -453,7 +442,8 @@ class Benchmark:
 BENCHMARKS = {
     "reading": Benchmark("reading", "fine", 16, exact_match, "answer"),
     "ocrbench_v2": Benchmark(
-        "OCRBench v2", "fine", 128, ocrbench, "type question answers eval? bbox? bbox_list? content?",
+        "OCRBench v2", "fine", 128, ocrbench,
+        "type question answers eval? bbox? bbox_list? content?",
         lambda row: row["question"].strip(), "id", part=lambda row: row["type"]),
     "docvqa_val": Benchmark(
         "DocVQA", "fine", 32, anls, "answers", lambda row: row["question"] + SINGLE, "questionId"),
@@ -477,12 +467,11 @@ BENCHMARKS = {
     "mmmu_pro_vision": Benchmark(
         "MMMU-Pro", "reasoning", 256, mmmu_vision, "answer", ask_mmmu, "id"),
     "mmstar": Benchmark(
-        "MMStar", "reasoning", 128, mmstar, "answer",
-ask_mmstar,
-        "index", part=lambda row: row["l2_category"], overall="parts"),
+        "MMStar", "reasoning", 128, mmstar, "answer", ask_mmstar, "index",
+        part=lambda row: row["l2_category"], overall="parts"),
     "mmbench_en_dev": Benchmark(
-        "MMBench (no judge)", "reasoning", 1024, mmbench, "A? B? C? D? answer", ask_mmbench, "index",
-        overall="circular"),
+        "MMBench (no judge)", "reasoning", 1024, mmbench, "A? B? C? D? answer", ask_mmbench,
+        "index", overall="circular"),
     "mathvista_testmini": Benchmark(
         "MathVista (no judge)", "reasoning", 16384, mathvista,
         "question_type answer_type choices precision answer", ask_mathvista, "pid",

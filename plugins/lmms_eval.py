@@ -6,8 +6,6 @@
 The flags are lmms-eval's own. It chooses a task's prompt by the model's name, so ours is called
 `qwen3_vl`: teacher, students and the stock model then see the same prompt.
 --model_args: pretrained=FOLDER, dtype, min_pixels, max_pixels, system_prompt.
-
-From top to bottom: lmms-eval's requests as Samples; replies; likelihoods; the command.
 """
 import sys
 
@@ -134,9 +132,9 @@ def manifest():
 
 
 def main():
-    # lmms-eval imports Hugging Face's package `evaluate`, whose name our evaluate.py has too. Ours
-    # is imported by now, and what is needed of it is held above; so it gives the name up. This
-    # folder, which `python -m` searches first, is from here on searched last, and finds theirs.
+    # lmms-eval imports Hugging Face's `evaluate`, a name that our evaluate.py has too. Ours,
+    # imported above, gives it up; this folder, which `python -m` searches first, is now searched
+    # last.
     del sys.modules["evaluate"]
     sys.path.append(sys.path.pop(0))
     from lmms_eval.cli.dispatch import main as lmms_eval_main

@@ -436,6 +436,18 @@ def test_with_lmms_eval_every_ocrbench_type_is_scored_and_the_headline_is_its_ow
     assert row.pop("content") and benchmarks.ocrbench("x", row).score is None          # answers of an earlier version
 
 
+@pytest.mark.parametrize("fault", [None, LookupError, FileNotFoundError])
+def test_a_wordnet_that_is_absent_or_damaged_leaves_types_unscored(monkeypatch, fault):
+    def ensure_loaded():
+        if fault:
+            raise fault
+    monkeypatch.setitem(sys.modules, "lmms_eval.tasks.ocrbench_v2.utils",
+                        types.SimpleNamespace(ocrbench_v2_process_results="theirs"))
+    monkeypatch.setitem(sys.modules, "nltk.corpus", types.SimpleNamespace(
+        wordnet=types.SimpleNamespace(ensure_loaded=ensure_loaded)))
+    assert benchmarks.lmms_eval_scorer.__wrapped__() == (None if fault else "theirs")
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Prompts
 
@@ -627,6 +639,7 @@ def test_table_shows_differences_parts_and_coverage():
                  "| Avg. (1) |  | 75.00 | 50.00 |",
                  "| Δ vs. tiny |  | - | -25.00 [", "| reading: a | 2 | 100.0 | 50.0 |",
                  "| ocrbench_v2: coverage | 2 | 50.0 % | 50.0 % |",
+                 "| ocrbench_v2: not scored: t |  | 1 | 1 |",
                  "| unparsed, counted wrong |  | 0.0 % | 16.7 % |"):
         assert line in text, f"{line!r} is not in\n{text}"
 
