@@ -79,13 +79,13 @@ def check_settings(settings):
     for wanted, words in (
         (parallel.tensor_parallel_size > 1, "tensor parallelism"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism"),
-        (settings.quant_config, "quantisation"),
+        (settings.model_config.quantization, "quantisation"),
         (settings.lora_config, "adapters (those of sft_dpo.py are merged already)"),
         (settings.speculative_config, "speculative decoding"),
         (cache.use_replayssm, "ReplaySSM"),
-        (cache.mamba_cache_dtype != "auto", "--mamba-cache-dtype: the convolution's is the model's"),
+        (cache.mamba_cache_dtype != "auto", "--mamba-cache-dtype: it is the model's own type"),
         (cache.mamba_ssm_cache_dtype not in ("auto", "float32"),
-         "--mamba-ssm-cache-dtype: that of their state is float32"),
+         "--mamba-ssm-cache-dtype: it is float32"),
     ):
         if wanted:
             raise ValueError(f"HEED's hybrids are served without {words}")
