@@ -1,7 +1,7 @@
 """plugins/vllm: vLLM gives a student's own tokens, however it cuts, batches and caches them.
 
 Needs an environment with vLLM, and in it `pip install ./plugins/vllm pytest`: plugins/vllm/verify.sh
-makes one. The oracle is model.py in fp32. Two minutes for two mixers, most of it vLLM's start.
+does both. The oracle is model.py in fp32. Four minutes for two mixers, most of them vLLM's starts.
 
     pytest tests/test_vllm.py
     HEED_STUDENTS="out/c4 out/c6" pytest tests/test_vllm.py        # trained students
@@ -224,7 +224,7 @@ def mixers(model):
     return {i: model.language_model.model.layers[i].self_attn for i in model.config.hybrid["layers"]}
 
 
-def test_states_are_of_our_sizes_and_types(llm, folder, asked, processor):
+def test_states_are_of_our_sizes_and_types_and_keys_only_where_attention_is(llm, folder, asked, processor):
     student = Qwen3VL.from_pretrained(folder, torch.float32)
     batch = collate([processor.encode(asked[0], add_generation_prompt=True)], processor.pad_id)
     states = student.prefill(batch.ids, None, batch.pixels, batch.grids)[1]
@@ -232,6 +232,9 @@ def test_states_are_of_our_sizes_and_types(llm, folder, asked, processor):
     assert list(theirs) == student.config.hybrid["layers"]
     for i, slots in theirs.items():                       # ours have a row for each sample, theirs for each slot
         assert [(t.shape[1:], t.dtype) for t in slots] == [(t.shape[1:], t.dtype) for t in states[i]]
+    known = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    layers = [int(name.split(".")[3]) for name in known if name.startswith("language_model.model.layers.")]
+    assert sorted(layers) == list(range(8))               # one cache each, of whichever kind
 
 
 def test_bf16_keeps_in_fp32_what_ours_keeps(folder, asked, ours):
@@ -246,6 +249,12 @@ def test_bf16_keeps_in_fp32_what_ours_keeps(folder, asked, ours):
         said = answers(llm, asked)[0]
     off = [abs(p[0] - q[0]) for (a, p), (b, q) in zip(said, ours(asked)) if a[0] == b[0]]
     assert len(off) > 0.8 * len(asked) and sum(off) / len(off) < 0.1      # of the first tokens
+
+
+def test_without_pictures_no_vision_tower_is_built(folder, asked, ours):
+    with engine(folder, limit_mm_per_prompt={"image": 0, "video": 0}) as llm:
+        assert llm.apply_model(lambda model: len(list(model.visual.parameters()))) == [0]
+        same(answers(llm, asked[-2:-1])[0], ours(asked[-2:-1]))
 
 
 def broken(folder, path, config=None, drop=(), add=()):
