@@ -1,7 +1,8 @@
 """plugins/vllm: vLLM gives a student's own tokens, however it cuts, batches and caches them.
 
-Needs an environment with vLLM, and in it `pip install ./plugins/vllm pytest`: plugins/vllm/verify.sh
-does both. The oracle is model.py in fp32. Four minutes for two mixers, most of them vLLM's starts.
+Needs an environment with vLLM, and in it `pip install ./plugins/vllm pytest`, for which
+plugins/vllm/verify.sh is there. The oracle is model.py in fp32. Four minutes for two mixers, most
+of them vLLM's starts.
 
     pytest tests/test_vllm.py
     HEED_STUDENTS="out/c4 out/c6" pytest tests/test_vllm.py        # trained students
@@ -30,9 +31,10 @@ for package, command in (("vllm", "vllm==0.32.0"), ("heed_vllm", "./plugins/vllm
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed (pip install {command})", allow_module_level=True)
 
-# The engine in this process, so that tests see what it does; a small cache; as many threads as torch has.
-os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1",
-                  VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_LOGGING_LEVEL="ERROR", TOKENIZERS_PARALLELISM="false")
+# The engine in this process, so that tests see what it does; a small cache; torch's threads.
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1",
+                  VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_LOGGING_LEVEL="ERROR",
+                  HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 from data import collate  # noqa: E402
 from evaluate import full_processor  # noqa: E402
@@ -41,14 +43,14 @@ from model import Qwen3VL, to_hybrid  # noqa: E402
 from synthdoc import World  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-NEW = 12                                                  # tokens an answer: both sides go on after its end
+NEW = 12                                 # tokens of an answer: both sides ignore its end
 PAGES = 40
 TRAINED = os.environ.get("HEED_STUDENTS", "").split()
 
 
 @pytest.fixture(scope="module", params=TRAINED or ["mamba2", "gdn"])
 def folder(request, tmp_path_factory):
-    """A trained student, or one that is far from its start in each new parameter, so that each shows."""
+    """A trained student, or one far from its start in each new parameter, so that each shows."""
     folder = tmp_path_factory.mktemp("student") / "student"
     if TRAINED:
         shutil.copytree(request.param, folder, ignore=shutil.ignore_patterns("step_*", "density"))
@@ -67,14 +69,16 @@ def folder(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def asked():
     """40 evaluation pages of both suites and two sizes; then a text alone, and two pictures."""
-    worlds = [World("eval", 0, suite, (n, n)) for suite in ("reading", "reasoning") for n in (10, 7)]
+    suites, sides = ("reading", "reasoning"), (10, 7)
+    worlds = [World("eval", 0, suite, (n, n)) for suite in suites for n in sides]
     samples = [world[i] for i in range(PAGES // 4) for world in worlds]
     samples = [Sample(s.id, s.messages[:1], s.images) for s in samples]
-    both = [{"type": "image"}, *texts("What is the shop?"), {"type": "image"}, *texts(" or the date?")]
+    text, picture = texts("What is the price of tea?"), [{"type": "image"}]
+    both = picture + texts("What is the shop?") + picture + texts(" or the date?")
     for i, s in enumerate(samples):
         s.id = f"page {i}"
-    return samples + [Sample("text", [dict(role="user", content=texts("What is the price of tea?"))]),
-                      Sample("two", [dict(role="user", content=both)], samples[0].images + samples[1].images)]
+    return samples + [Sample("text", [dict(role="user", content=text)]), Sample(
+        "two", [dict(role="user", content=both)], samples[0].images + samples[1].images)]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +88,7 @@ def processor(folder):
 
 @pytest.fixture(scope="module")
 def ours(folder, processor):
-    """A function: samples -> of each the greedy tokens, and their log-probabilities, by model.py."""
+    """A function: samples -> of each the greedy tokens and their log-probabilities, by model.py."""
     model = Qwen3VL.from_pretrained(folder, torch.float32)
     model.config.eos_token_id = []
 
@@ -136,12 +140,13 @@ def greedy(tokens=NEW):
 
 
 def answers(llm, samples):
-    """-> of each sample its tokens, and their log-probabilities; and how many tokens of its prompt
-    were taken from vLLM's cache."""
-    outputs = llm.generate([prompt(s) for s in samples], greedy(), use_tqdm=False)
-    said = [o.outputs[0] for o in outputs]
-    return ([(list(s.token_ids), [step[t].logprob for t, step in zip(s.token_ids, s.logprobs)]) for s in said],
-            [o.num_cached_tokens for o in outputs])
+    """-> of each sample the tokens and their log-probabilities; and how many tokens of its prompt
+    came from vLLM's cache."""
+    outputs, said = llm.generate([prompt(s) for s in samples], greedy(), use_tqdm=False), []
+    for output in outputs:
+        tokens, steps = output.outputs[0].token_ids, output.outputs[0].logprobs
+        said.append((list(tokens), [step[t].logprob for t, step in zip(tokens, steps)]))
+    return said, [output.num_cached_tokens for output in outputs]
 
 
 def same(theirs, ours):
@@ -163,7 +168,7 @@ def test_one_by_one(llm, asked, ours):
 
 
 def test_batches_of_unequal_lengths_from_an_empty_cache(llm, asked, ours):
-    """Ten at a time for four places: prompts are read beside requests that decode, and states change hands."""
+    """Ten for four places: prompts are read beside requests that decode, and slots change hands."""
     llm.reset_prefix_cache()
     for start in range(0, len(asked), 10):
         samples = asked[start:start + 10]
@@ -171,13 +176,15 @@ def test_batches_of_unequal_lengths_from_an_empty_cache(llm, asked, ours):
 
 
 def test_a_prompt_that_begins_as_an_earlier_one(llm, asked, ours):
-    """A second question about a page that was seen: keys, values and states come from the cache, where
-    vLLM keeps those at the end of each block, of 64 tokens for this shape (it makes a block of keys and
-    values as large as a layer's states)."""
+    """A second question about a page that was seen: keys, values and states come from the cache.
+    vLLM keeps the states at the end of a block, which it makes 64 tokens long for this shape, as
+    the block's keys and values must take at least as many bytes as a layer's states."""
     llm.reset_prefix_cache()
-    first = asked[:16:2]                                  # the larger pages, of more tokens than a block
-    again = [Sample(s.id, [dict(role="user", content=[{"type": "image"}, *texts(f"Say what page {i} tells us.")])],
-                    s.images) for i, s in enumerate(first)]
+    first = asked[:16:2]                                  # the larger pages: more than a block
+    again = []
+    for i, s in enumerate(first):
+        question = [{"type": "image"}, *texts(f"Say what page {i} tells us.")]
+        again.append(Sample(s.id, [dict(role="user", content=question)], s.images))
     theirs, cached = answers(llm, first)
     same(theirs, ours(first))
     assert not any(cached)
@@ -187,7 +194,7 @@ def test_a_prompt_that_begins_as_an_earlier_one(llm, asked, ours):
 
 
 def test_an_aborted_request_leaves_nothing_behind(llm, asked, ours):
-    """One is stopped while it decodes, one while its prompt waits; the next ones get their places."""
+    """Four are stopped while they decode, one while it waits; the next ones get their places."""
     llm.reset_prefix_cache()
     loop = llm.llm_engine
     for i in range(5):
@@ -201,7 +208,7 @@ def test_an_aborted_request_leaves_nothing_behind(llm, asked, ours):
     same(answers(llm, asked[4:16])[0], ours(asked[4:16]))
 
 
-@pytest.mark.parametrize("chunk, cached", [(16, False), (64, False), (64, True)])
+@pytest.mark.parametrize("chunk, cached", [(16, False), (64, False), (16, True)])
 def test_prefill_in_chunks(folder, asked, ours, chunk, cached, monkeypatch):
     """Prompts of 80 to 240 tokens, so many tokens a step, beside requests that decode."""
     from heed_vllm import model
@@ -210,7 +217,8 @@ def test_prefill_in_chunks(folder, asked, ours, chunk, cached, monkeypatch):
     def seen(self, **arrays):
         metadata = model.get_forward_context().attn_metadata
         if metadata is not None:
-            sizes.append((metadata[self.prefix].num_decode_tokens, metadata[self.prefix].num_prefill_tokens))
+            mine = metadata[self.prefix]
+            sizes.append((mine.num_decode_tokens, mine.num_prefill_tokens))
         run(self, **arrays)
     monkeypatch.setattr(model.Mixer, "conv_ssm_forward", seen)
     samples = asked[:12] + asked[-2:]
@@ -221,20 +229,22 @@ def test_prefill_in_chunks(folder, asked, ours, chunk, cached, monkeypatch):
 
 
 def mixers(model):
-    return {i: model.language_model.model.layers[i].self_attn for i in model.config.hybrid["layers"]}
+    layers = model.language_model.model.layers
+    return {i: layers[i].self_attn for i in model.config.hybrid["layers"]}
 
 
-def test_states_are_of_our_sizes_and_types_and_keys_only_where_attention_is(llm, folder, asked, processor):
+def test_a_layer_keeps_states_of_our_sizes_and_types_or_keys(llm, folder, asked, processor):
     student = Qwen3VL.from_pretrained(folder, torch.float32)
     batch = collate([processor.encode(asked[0], add_generation_prompt=True)], processor.pad_id)
     states = student.prefill(batch.ids, None, batch.pixels, batch.grids)[1]
     theirs, = llm.apply_model(lambda model: {i: m.kv_cache for i, m in mixers(model).items()})
     assert list(theirs) == student.config.hybrid["layers"]
-    for i, slots in theirs.items():                       # ours have a row for each sample, theirs for each slot
-        assert [(t.shape[1:], t.dtype) for t in slots] == [(t.shape[1:], t.dtype) for t in states[i]]
+    for i, slots in theirs.items():                       # a row is a slot there, a sample here
+        there, here = ([(t.shape[1:], t.dtype) for t in of] for of in (slots, states[i]))
+        assert there == here
     known = llm.llm_engine.vllm_config.compilation_config.static_forward_context
-    layers = [int(name.split(".")[3]) for name in known if name.startswith("language_model.model.layers.")]
-    assert sorted(layers) == list(range(8))               # one cache each, of whichever kind
+    parts = [name.split(".") for name in known if name.startswith("language_model.model.layers.")]
+    assert sorted(int(part[3]) for part in parts) == list(range(8))        # one cache each
 
 
 def test_bf16_keeps_in_fp32_what_ours_keeps(folder, asked, ours):
@@ -261,7 +271,8 @@ def broken(folder, path, config=None, drop=(), add=()):
     """A copy of a student with something changed."""
     from safetensors.torch import load_file, save_file
     shutil.copytree(folder, path)
-    text, state = json.loads((path / "config.json").read_text()), load_file(path / "model.safetensors")
+    text = json.loads((path / "config.json").read_text())
+    state = load_file(path / "model.safetensors")
     text["hybrid"] |= config or {}
     state = {name: t for name, t in state.items() if name not in drop} | dict(add)
     (path / "config.json").write_text(json.dumps(text))
@@ -273,41 +284,47 @@ AT = "model.language_model.layers.1.self_attn."
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(drop=[AT + "k_proj.weight"]), rf"missing tensor {AT}k_proj.weight$"),      # vLLM's stacks would hide it
+    # Of the first two vLLM itself would say nothing: it stacks the one, and skips spare biases.
+    (dict(drop=[AT + "k_proj.weight"]), f"missing tensor {AT}k_proj.weight$"),
+    (dict(add={AT + "conv.bias": torch.zeros(256)}), f"unexpected tensor {AT}conv.bias$"),
     (dict(drop=[AT + "out_norm"]), f"missing tensor {AT}out_norm$"),
-    (dict(add={AT + "conv.bias": torch.zeros(256)}), f"unexpected tensor {AT}conv.bias$"),   # vLLM skips biases
     (dict(add={AT + "conv": torch.zeros(256, 3)}), f"^{AT}conv does not fit"),
-    (dict(config={"mixer": "mean.py:Mean"}), "the mixer 'mean.py:Mean' is not served by vLLM, only mamba2 and gdn"),
+    (dict(config={"mixer": "mean.py:Mean"}),
+     "the mixer 'mean.py:Mean' is not served by vLLM, only mamba2 and gdn"),
     (dict(config={"layers": [0, 8]}), r"hybrid has layers \[0, 8\], of 8"),
 ])
 def test_a_folder_that_is_not_served_is_refused_by_name(folder, tmp_path, change, words):
-    with pytest.raises(ValueError, match="(?m)" + words), engine(broken(folder, tmp_path / "student", **change)):
+    path = broken(folder, tmp_path / "student", **change)
+    with pytest.raises(ValueError, match="(?m)" + words), engine(path):
         pass
 
 
 @pytest.mark.parametrize("settings, words", [
-    (dict(tensor_parallel_size=2), "tensor parallelism"), (dict(pipeline_parallel_size=2), "pipeline parallelism"),
+    (dict(tensor_parallel_size=2), "tensor parallelism"),
+    (dict(pipeline_parallel_size=2), "pipeline parallelism"),
     (dict(enable_lora=True), "adapters"), (dict(quantization="fp8"), "quantisation"),
-    (dict(speculative_config=dict(method="ngram", num_speculative_tokens=2, prompt_lookup_max=2)), "speculative"),
+    (dict(speculative_config=dict(method="ngram", num_speculative_tokens=2, prompt_lookup_max=2)),
+     "speculative decoding"),
     (dict(mamba_cache_dtype="float16"), "--mamba-cache-dtype"),
     (dict(mamba_ssm_cache_dtype="float16"), "--mamba-ssm-cache-dtype")])
 def test_settings_that_are_not_served_are_refused(folder, settings, words):
     from vllm.engine.arg_utils import EngineArgs
-    with pytest.raises(ValueError, match="HEED's hybrids are served without " + words):
+    with pytest.raises(ValueError, match=f"HEED's hybrids are served without {words}"):
         EngineArgs(model=str(folder), **settings).create_engine_config()
 
 
-def test_another_vllm_is_refused_where_its_interface_differs(monkeypatch, caplog):
+def test_another_vllm_is_refused_where_its_interface_differs(monkeypatch):
     import heed_vllm
     import vllm.model_executor.layers.mamba.ops.causal_conv1d as operations
-    assert importlib.util.find_spec("vllm") and heed_vllm.installed() in heed_vllm.TESTED
+    assert heed_vllm.installed() in heed_vllm.TESTED
     monkeypatch.setattr(heed_vllm, "installed", lambda: "9.9.9")
     assert heed_vllm.differences() == []
     heed_vllm.register()
     monkeypatch.setattr(operations, "causal_conv1d_fn", lambda x, weight, bias: x)
     monkeypatch.delattr(operations, "causal_conv1d_update")
-    with pytest.raises(ImportError, match=r"tested with vLLM 0.32.0, and this is 9.9.9, which differs where it "
-                       r"matters: causal_conv1d_fn knows no conv_states, .*; .*causal_conv1d_update"):
+    words = ("tested with vLLM 0.32.0, and this is 9.9.9, which differs where it matters: "
+             "causal_conv1d_fn knows no conv_states, .*; .*causal_conv1d_update")
+    with pytest.raises(ImportError, match=words):
         heed_vllm.register()
 
 
@@ -319,11 +336,12 @@ def serve(folder, port, into):
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
         version = importlib.metadata.version("vllm-cpu") + "+cpu"
-        (into / f"vllm-{version}.dist-info").mkdir()
-        (into / f"vllm-{version}.dist-info/METADATA").write_text(f"Name: vllm\nVersion: {version}\n")
+        (said := into / f"vllm-{version}.dist-info").mkdir()
+        (said / "METADATA").write_text(f"Name: vllm\nVersion: {version}\n")
         environment["PYTHONPATH"] = str(into)
-    command = [Path(sys.executable).with_name("vllm"), "serve", folder, "--host", "127.0.0.1", "--port", str(port),
-               "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
+    command = [Path(sys.executable).with_name("vllm"), "serve", folder, "--host", "127.0.0.1",
+               "--port", str(port), "--dtype", "float32", "--max-model-len", "512",
+               "--enforce-eager"]
     with open(into / "log", "w") as log:
         return subprocess.Popen(command, env=environment, cwd=into, stdout=log, stderr=log)
 
@@ -337,10 +355,11 @@ def test_a_server_answers_about_a_picture(folder, tmp_path, asked, ours):
     asked[0].images[0].save(picture, format="PNG")
     url = "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, asked[0].messages[0]["content"][1]]
-    body = json.dumps(dict(messages=[dict(role="user", content=content)], temperature=0, max_tokens=NEW,
-                           ignore_eos=True, return_token_ids=True)).encode()
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", body,
-                                     {"Content-Type": "application/json"})
+    body = dict(messages=[dict(role="user", content=content)], temperature=0, max_tokens=NEW,
+                ignore_eos=True, return_token_ids=True)
+    url = f"http://127.0.0.1:{port}/v1/chat/completions"
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     server = serve(folder, port, tmp_path)
     try:
         reply, until = None, time.time() + 300
@@ -348,11 +367,9 @@ def test_a_server_answers_about_a_picture(folder, tmp_path, asked, ours):
             assert server.poll() is None, (tmp_path / "log").read_text()[-2000:]
             try:
                 reply = json.load(urllib.request.urlopen(request, timeout=60))
-            except ConnectionRefusedError:
-                time.sleep(1)
-            except urllib.error.URLError as error:
-                if not isinstance(error.reason, ConnectionRefusedError):
-                    raise
+            except urllib.error.HTTPError:
+                raise
+            except urllib.error.URLError:                 # nobody listens yet
                 time.sleep(1)
         assert reply["choices"][0]["token_ids"] == ours(asked[:1])[0][0]
     finally:
