@@ -58,6 +58,10 @@ def differences():
             continue
         if lacking := [n for n in names.split() if n not in inspect.signature(owner).parameters]:
             found.append(f"{path} knows no {', '.join(lacking)}")
+    try:
+        importlib.import_module("heed_vllm.model")        # for all that USED does not name
+    except ImportError as error:
+        found.append(str(error))
     return found
 
 
