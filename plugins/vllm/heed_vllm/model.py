@@ -1,180 +1,252 @@
-"""A student in vLLM: vLLM's own Qwen3-VL, with the attention of the replaced layers exchanged for a
-mixer on vLLM's own convolution, scan and one-step operations.
+"""A distilled student inside vLLM (Sect. 4.1); `pip install ./plugins/vllm && vllm serve out/c4`.
 
-Vision tower, processor, MRoPE, the remaining attention and the MLPs are vLLM's, and so is the
-cache: states stand beside keys and values in its blocks, so batching, chunked prefill and prefix
-caching are those of vLLM's hybrids. The folder that distill.py or sft_dpo.py writes is loaded as it
-is, every tensor accounted for.
+vLLM's Qwen3-VL as it stands (vision half, processor, decoder), in whose replaced layers a mixer of
+ours sits in attention's place, as in model.py. The math is that of mamba2.py and gdn.py, whose
+headers have the equations; new here is where states live. vLLM flattens the tokens of all requests
+into one row, those that decode first, one token each, and then those that read their prompts,
+maybe a chunk only. Each request owns a slot in each layer's cache, into which the layer leaves its
+two states and from which it takes them up:
 
-    code         what it is                                            shape
-    x            positions of all requests of a step, end to end       (T, D)
-    u            what the short convolution reads: x, B, C             (T, (2G + H) P)
-    conv state   the convolution's last inputs, a row for each block   (blocks, 3, (2G + H) P)
-    ssm state    the state space, fp32                                 (blocks, H, P, N = P)
+    code     what it is                                                   shape
+    u        v, k, q (x, B, C in mamba2.py) side by side, before the conv (T, (2G + H) P)
+    conv     the convolution's last inputs                                (slots, (2G + H) P, 3)
+    ssm      S of mamba2.py and gdn.py, in fp32                           (slots, H, P, N)
+    extra    what a mixer needs at each position besides u                (T, H) or (T, 2 H)
 
-Mamba-2 in vLLM has as many B as C, silu after the convolution, and a norm after the gate. Ours
-(mamba2.py) has one x and one B for each key/value group and one C for each head, no silu, and a
-norm for each head before the gate. In vLLM's terms that is a group for each head, with x and B
-repeated after the convolution: `Mixer` is its MambaMixer2 with other projections and another end.
+Shape letters: T tokens of all requests, R requests, D model width, H heads, P head dim, N = P state
+dim, G key/value groups.
+
+Mamba-2 runs on vLLM's own convolution, scan and one-step update. It is that of vLLM with as many
+groups as heads: v and k are repeated after the convolution. There is no SiLU, and the norm comes
+before the gate. Gated DeltaNet runs on vLLM's convolution and the plain PyTorch below, because
+vLLM's delta rule takes no fp32 on a CPU, and no heads of 32.
 """
-import re
-from types import SimpleNamespace
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
 from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.model_executor.layers.mamba import mamba_mixer2  # noqa: F401  (it defines an op)
 from vllm.model_executor.layers.mamba.abstract import MambaBase
-from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
-from vllm.model_executor.layers.mamba.mamba_utils import (MambaStateCopyFuncCalculator,
-                                                          MambaStateShapeCalculator)
+from vllm.model_executor.layers.mamba.mamba_utils import (
+    MambaStateCopyFuncCalculator, MambaStateShapeCalculator, is_conv_state_dim_first)
+from vllm.model_executor.layers.mamba.ops.causal_conv1d import (
+    causal_conv1d_fn, causal_conv1d_update)
+from vllm.model_executor.layers.mamba.ops.mamba_ssm import selective_state_update
+from vllm.model_executor.layers.mamba.ops.ssd_combined import mamba_chunk_scan_combined_varlen
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
-from vllm.model_executor.models.qwen3_vl import (
-    Qwen3VLDummyInputsBuilder, Qwen3VLForConditionalGeneration, Qwen3VLMultiModalProcessor,
-    Qwen3VLProcessingInfo)
-from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.platforms import current_platform
+from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.utils.torch_utils import _encode_layer_name
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
-TAPS = 4                                   # positions that the short convolution sees
-
-
-def shapes(text):
-    """-> heads H, groups G, width of a head P."""
-    return text.num_attention_heads, text.num_key_value_heads, text.head_dim
+TAPS = 4                               # of the convolution
 
 
 def state_shapes(text):
-    """Of one request: convolution inputs, and state space; in vLLM's order of their axes."""
-    H, G, P = shapes(text)
-    return (MambaStateShapeCalculator._orient_conv_shape((2 * G + H) * P, TAPS - 1), (H, P, P))
+    """Of one slot: conv, in the order of axes that vLLM is set to, and ssm."""
+    H, G, P = text.num_attention_heads, text.num_key_value_heads, text.head_dim
+    return MambaStateShapeCalculator.mamba2_state_shape(
+        tp_world_size=1, intermediate_size=H * P, n_groups=G, num_heads=H, head_dim=P, state_size=P,
+        conv_kernel=TAPS)
 
 
-class Mixer(MambaMixer2):
-    """mamba2.Mamba2. Of MambaMixer2 it takes `conv_ssm_forward`, which splits a step's positions
-    into prefills and decodes and keeps the states, and what describes those to vLLM."""
+# --------------------------------------------------------------------------------------------------
+# The mixers
 
-    def __init__(self, text, vllm_config, prefix):
-        super(MambaMixer2, self).__init__()        # not its __init__: its projections are others
-        H, G, P = shapes(text)
-        D = text.hidden_size
-        self.text, self.prefix = text, prefix
-        self.sizes = [G * P, G * P, H * P, H, H * P]                     # x, B, C, dt, gate
-        self.in_proj = nn.Linear(D, sum(self.sizes))       # one product; its bias is the gate's
+
+class Mixer(nn.Module, MambaBase):
+    """What both mixers share: projections, convolution, the gate, and the way to the states.
+
+    Parameters have their names in the folder, but for two: vLLM stacks q_proj, k_proj and v_proj
+    into qkv_proj, and gate_proj is `gate` here, for vLLM would stack that name into an MLP's."""
+
+    def __init__(self, text, dtype, prefix):
+        super().__init__()
+        self.text, self.dtype, self.prefix = text, dtype, prefix
+        D, P = text.hidden_size, text.head_dim
+        H, G = text.num_attention_heads, text.num_key_value_heads
+        self.H, self.G, self.P = H, G, P
+        self.sizes = [G * P, G * P, H * P]                                      # of v, k, q in u
+        self.qkv_proj = QKVParallelLinear(D, P, H, G, bias=False, prefix=f"{prefix}.qkv_proj")
         self.o_proj = nn.Linear(H * P, D, bias=False)
         self.q_norm, self.k_norm = (RMSNorm(P, eps=text.rms_norm_eps) for _ in "qk")
-        self.conv = nn.Parameter(torch.zeros((2 * G + H) * P, TAPS))
-        self.dt_bias, self.A = (nn.Parameter(torch.zeros(H, dtype=torch.float32)) for _ in range(2))
-        self.D = nn.Parameter(torch.zeros(H))
-        self.out_norm = nn.Parameter(torch.zeros(H * P))
-        # What conv_ssm_forward reads. It is given u and dt alone, so the gate's width is 0.
-        self.num_heads = self.n_groups = H
-        self.head_dim = self.ssm_state_size = P
-        self.tped_intermediate_size, self.tped_conv_size, self.tped_dt_size = 0, (2 * G + H) * P, H
-        self.tp_size, self.num_spec, self.conv_kernel_size = 1, 0, TAPS
-        self.conv1d, self.activation = SimpleNamespace(bias=None), None
-        self.split_hidden_states_B_C_fn = self.split
-        self.model_config, self.cache_config = vllm_config.model_config, vllm_config.cache_config
-        self.mamba_config = vllm_config.mamba_config
-        self.use_replayssm = self.is_blackwell = self._ssd_kernels_warmed_up = False
-        self.kv_cache = (torch.tensor([]), torch.tensor([]))       # vLLM binds the states here
-        vllm_config.compilation_config.static_forward_context[prefix] = self
+        self.conv = nn.Parameter(torch.empty(sum(self.sizes), TAPS))
+        self.gate = nn.Linear(D, H * P)
+        self.out_norm = nn.Parameter(torch.empty(H * P))
+        self.kv_cache = (torch.tensor([]), torch.tensor([]))     # vLLM puts the states here
+        get_current_vllm_config().compilation_config.static_forward_context[prefix] = self
 
-    @property
-    def conv_weights(self):
-        return self.conv
+    def per_head(self, dtype=None):
+        return nn.Parameter(torch.empty(self.H, dtype=dtype))
 
-    def split(self, u):
-        """u (T, (2G+H)P) after the convolution -> x, B, C (T, HP): groups are repeated to heads."""
-        H, G, P = shapes(self.text)
-        x, B, C = u.split(self.sizes[:3], dim=-1)
-        x, B = (z.unflatten(-1, (G, 1, P)).expand(-1, -1, H // G, -1).flatten(1) for z in (x, B))
-        return x, B, C.contiguous()
+    # -- what vLLM asks of a layer with states
 
-    def forward(self, positions, hidden_states):                                    # (T, D)
-        P = self.text.head_dim
-        x, B, C, dt, gate = self.in_proj(hidden_states).split(self.sizes, dim=-1)
-        B = self.k_norm(B.unflatten(-1, (-1, P)).contiguous()).flatten(1)           # (T, GP)
-        C = self.q_norm(C.unflatten(-1, (-1, P)).contiguous()).flatten(1) * P ** -0.5
-        y = hidden_states.new_empty(len(hidden_states), len(self.out_norm))         # (T, HP)
-        # The operation's name is one at which vLLM cuts its compiled graph; it calls conv_ssm_forward.
-        torch.ops.vllm.mamba_mixer2(torch.cat((x, B, C, dt), dim=-1), y,
-                                    _encode_layer_name(self.prefix))
-        y = F.rms_norm(y.unflatten(-1, (-1, P)), (P,), eps=self.text.rms_norm_eps).flatten(1)
-        return self.o_proj(y * self.out_norm * F.silu(gate))                        # (T, D)
-
-    def get_kv_cache_spec(self, vllm_config):
-        # To share prefixes, vLLM's scan hands out states from inside a prefill; that on a CPU does
-        # not. Without them the scheduler ends a step's prefill where a block of the cache ends.
-        owner = MambaBase if current_platform.is_cpu() else MambaMixer2
-        return owner.get_kv_cache_spec(self, vllm_config)
+    mamba_type = MambaAttentionBackendEnum.MAMBA2
 
     def get_state_shape(self):
         return state_shapes(self.text)
 
     def get_state_dtype(self):
-        return self.model_config.dtype, torch.float32
+        return self.dtype, torch.float32
 
-    @torch.no_grad()
-    def load(self, name, tensor):
-        """One tensor of a student's checkpoint, by its name there. Raises ValueError on another."""
-        parts = dict(zip(("v_proj", "k_proj", "q_proj", "dt_proj", "gate_proj"),
-                         self.in_proj.weight.split(self.sizes)))
-        if name == "gate_proj.bias":
-            self.in_proj.bias.zero_()
-            target = self.in_proj.bias[-self.sizes[-1]:]
-        elif name == "A_log":
-            target, tensor = self.A, -tensor.float().exp()
-        elif name.removesuffix(".weight") in parts:
-            target = parts[name.removesuffix(".weight")]
-        else:
-            target = dict(self.named_parameters())[name]
-        if target.shape != tensor.shape:
-            raise ValueError(f"{self.prefix}.{name} is of shape {list(tensor.shape)}, and "
-                             f"{list(target.shape)} is needed")
-        target.copy_(tensor)
+    # -- from one position to the next
+
+    def forward(self, positions, hidden_states):                                        # (T, D)
+        H, G, P = self.H, self.G, self.P
+        q, k, v = self.qkv_proj(hidden_states)[0].split([H * P, G * P, G * P], dim=-1)
+        q = self.q_norm(q.unflatten(1, (H, P))) * self.query_scale                      # (T, H, P)
+        k = self.k_norm(k.unflatten(1, (G, P)))         # (T, G, P)  no RoPE, as in mamba2.py
+        inputs = torch.cat([v, k.flatten(1), q.flatten(1), *self.extra(hidden_states)], dim=1)
+        y = hidden_states.new_empty(len(hidden_states), H * P)
+        # At this op vLLM cuts its compiled graphs; it calls the `conv_ssm_forward` of the layer.
+        torch.ops.vllm.mamba_mixer2(inputs, y, _encode_layer_name(self.prefix))
+        y = F.rms_norm(y.unflatten(1, (H, P)), (P,), eps=self.text.rms_norm_eps).flatten(1)
+        return self.o_proj(y * self.out_norm * F.silu(self.gate(hidden_states)))        # (T, D)
+
+    def conv_ssm_forward(self, projected_states, output):
+        """What reads and writes the slots. projected_states (T, (2G + H) P + ...) are u and extra;
+        output (T, H P) is written in place."""
+        metadata = get_forward_context().attn_metadata
+        if metadata is None:                              # vLLM only measures memory: no slots yet
+            output.zero_()
+            return
+        metadata, (conv, ssm) = metadata[self.prefix], self.kv_cache
+        conv = conv if is_conv_state_dim_first() else conv.transpose(1, 2)
+        steps, read, E = metadata.num_decode_tokens, metadata.num_prefill_tokens, sum(self.sizes)
+        u, extra = projected_states[:, :E], projected_states[:, E:]
+        if read:
+            at, slots = slice(steps, steps + read), metadata.state_indices_tensor_p
+            goes_on = metadata.has_initial_states_p                                     # (R,) bool
+            y = causal_conv1d_fn(
+                u[at].T, self.conv, None, conv_states=conv, cache_indices=slots, activation=None,
+                has_initial_state=goes_on, query_start_loc=metadata.query_start_loc_p,
+                metadata=metadata).T[:read]
+            # A slot may hold what an earlier request left: a prompt's first chunk begins at zero.
+            before = torch.where(goes_on[:, None, None, None], ssm[slots], 0.0)      # (R, H, P, N)
+            ssm[slots] = self.scan(*self.heads(y), extra[at], before, output[at], metadata)
+        if steps:
+            slots = metadata.state_indices_tensor_d[:, 0]
+            y = causal_conv1d_update(u[:steps].contiguous(), conv, self.conv, None, None,
+                                     conv_state_indices=slots)
+            self.step(*self.heads(y), extra[:steps], ssm, slots, output[:steps])
+
+    def heads(self, u):
+        """u (T, (2G + H) P) -> v, k, q (T, H, P): a group's v and k repeated to its heads."""
+        v, k, q = (z.unflatten(1, (-1, self.P)) for z in u.split(self.sizes, dim=1))
+        v, k = (z.repeat_interleave(self.H // self.G, dim=1) for z in (v, k))
+        return v, k, q.contiguous()
 
 
-TENSORS = {"q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "q_norm.weight",
-           "k_norm.weight", "conv", "dt_proj.weight", "dt_bias", "A_log", "D", "gate_proj.weight",
-           "gate_proj.bias", "out_norm"}           # of a mixer, by their names in a checkpoint
+class Mamba2(Mixer):
+    """mamba2.Mamba2; x, B, C are v, k, q here."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.query_scale = self.P ** -0.5
+        self.dt_proj = nn.Linear(self.text.hidden_size, self.H, bias=False)
+        self.dt_bias, self.A_log = (self.per_head(torch.float32) for _ in range(2))
+        self.D = self.per_head()
+
+    def extra(self, x):
+        return [self.dt_proj(x)]                                                        # (T, H)
+
+    def scan(self, x, B, C, dt, before, out, metadata):
+        """All positions of the R requests that read, from the states `before` (R,H,P,N) -> those
+        after."""
+        return mamba_chunk_scan_combined_varlen(
+            x, dt, -torch.exp(self.A_log), B, C, chunk_size=metadata.chunk_size, D=self.D,
+            dt_bias=self.dt_bias, dt_softplus=True, cu_seqlens=metadata.query_start_loc_p,
+            cu_chunk_seqlens=metadata.cu_chunk_seqlen_p, seq_idx=metadata.seq_idx_p,
+            last_chunk_indices=metadata.last_chunk_indices_p, initial_states=before,
+            out=out.view(x.shape), state_dtype=before.dtype)
+
+    def step(self, x, B, C, dt, ssm, slots, out):
+        """One position of each request, from its slot and into it."""
+        H, P = self.H, self.P
+        A = -torch.exp(self.A_log)[:, None, None].expand(H, P, P)
+        dt, dt_bias, D = (z[..., None].expand(*z.shape, P) for z in (dt, self.dt_bias, self.D))
+        selective_state_update(ssm, x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=True,
+                               state_batch_indices=slots, dst_state_batch_indices=slots,
+                               out=out.view(x.shape))
 
 
-@MULTIMODAL_REGISTRY.register_processor(Qwen3VLMultiModalProcessor, info=Qwen3VLProcessingInfo,
-                                        dummy_inputs=Qwen3VLDummyInputsBuilder)
+class GatedDeltaNet(Mixer):
+    """gdn.GatedDeltaNet."""
+    query_scale = 1.0                                     # the unit length that follows undoes any
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.beta_proj = nn.Linear(self.text.hidden_size, self.H)
+        self.decay_proj = nn.Linear(self.text.hidden_size, self.H, bias=False)
+        self.decay_bias, self.A_log = (self.per_head(torch.float32) for _ in range(2))
+
+    def extra(self, x):
+        return [self.beta_proj(x), self.decay_proj(x)]                             # (T, H) each
+
+    def ready(self, v, k, q, extra):
+        """-> q, k (of unit length), v, log_a, beta in fp32, as delta_rule takes them."""
+        beta, decay = extra.float().chunk(2, dim=1)                                     # (T, H)
+        log_a = -torch.exp(self.A_log) * F.softplus(decay + self.decay_bias)
+        k, q = (F.rms_norm(z, (self.P,), eps=1e-6).to(v.dtype) * self.P ** -0.5 for z in (k, q))
+        return *(z.float() for z in (q * self.P ** -0.5, k, v)), log_a, torch.sigmoid(beta)
+
+    def scan(self, v, k, q, extra, before, out, metadata):
+        inputs, after = self.ready(v, k, q, extra), []
+        bounds = metadata.query_start_loc_p.tolist()
+        for state, a, b in zip(before, bounds, bounds[1:]):
+            state = state[None]
+            for t in range(a, b, 64):
+                at = slice(t, min(b, t + 64))
+                y, state = delta_rule(*(z[None, at] for z in inputs), state)
+                out[at] = y[0].flatten(1)
+            after.append(state)
+        return torch.cat(after)                                                     # (R, H, P, N)
+
+    def step(self, v, k, q, extra, ssm, slots, out):
+        y, ssm[slots] = delta_rule(*(z[:, None] for z in self.ready(v, k, q, extra)), ssm[slots])
+        out.copy_(y[:, 0].flatten(1))
+
+
+def delta_rule(q, k, v, log_a, beta, state):
+    """gdn.chunked_delta_rule over one chunk: q, k, v (B,T,H,P), log_a, beta (B,T,H), state
+    (B,H,P,N) -> y (B,T,H,P), the state after it. For T = 1 this is the rule itself."""
+    q, k, v, log_a, beta = (z.transpose(1, 2) for z in (q, k, v, log_a[..., None], beta[..., None]))
+    total = log_a.cumsum(2)                               # (B, H, T, 1)  log of the decay up to t
+    causal = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+    L = (total - total.mT).masked_fill(~causal, -torch.inf).exp()    # (B, H, T, T)  from s to t
+    start, to_end = total.exp(), (total[:, :, -1:] - total).exp()
+    overlap = (L * (k @ k.mT)).tril(-1)                   # how much of what s stored key t finds
+    error = torch.linalg.solve_triangular(overlap * beta.mT, v - start * (k @ state.mT),
+                                          upper=False, unitriangular=True)
+    y = start * (q @ state.mT) + (L * (q @ k.mT)) @ (beta * error)
+    return y.transpose(1, 2), total[:, :, -1:].exp() * state + (to_end * beta * error).mT @ k
+
+
+# --------------------------------------------------------------------------------------------------
+# The model
+
+MIXERS = {"mamba2": Mamba2, "gdn": GatedDeltaNet}         # by their words in config.json
+RENAMED = (".self_attn.gate_proj.", ".self_attn.gate.")   # from a folder to here
+
+
 class Qwen3VLHybrid(Qwen3VLForConditionalGeneration, HasInnerState, IsHybrid):
+    """Qwen3-VL with our mixers in the layers that config.json's `hybrid` names."""
+    hf_to_vllm_mapper = Qwen3VLForConditionalGeneration.hf_to_vllm_mapper | WeightsMapper(
+        orig_to_new_substr=dict([RENAMED]))
+
     def __init__(self, *, vllm_config, prefix="model"):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        text, self.mixers = self.config.text_config, {}
+        hybrid, text = self.config.hybrid, self.config.text_config
         known = vllm_config.compilation_config.static_forward_context
-        for i in self.config.hybrid["layers"]:
+        for i in hybrid["layers"]:                        # in all layers attention was built
             layer = self.language_model.model.layers[i]
             name = layer.self_attn.attn.layer_name
-            del known[name]                        # or vLLM would keep keys and values for it
-            layer.self_attn = self.mixers[i] = Mixer(text, vllm_config, name.removesuffix(".attn"))
-
-    def load_weights(self, weights):
-        found = {i: set() for i in self.mixers}
-
-        def others():
-            for name, tensor in weights:
-                at = re.fullmatch(r"model\.language_model\.layers\.(\d+)\.self_attn\.(.+)", name)
-                if not at or int(at[1]) not in found:
-                    yield name, tensor
-                elif at[2] not in TENSORS:
-                    raise ValueError(f"unexpected tensor {name}")
-                else:
-                    self.mixers[int(at[1])].load(at[2], tensor)
-                    found[int(at[1])].add(at[2])
-        loaded = super().load_weights(others())
-        missing = [f"model.language_model.layers.{i}.self_attn.{name}"
-                   for i, names in found.items() for name in sorted(TENSORS - names)]
-        if missing:
-            raise ValueError(f"missing tensors: {', '.join(missing)}")
-        return loaded | {f"language_model.model.layers.{i}.self_attn.{name}"
-                         for i, mixer in self.mixers.items() for name, _ in mixer.named_parameters()}
+            del known[name]                               # else vLLM keeps keys and values for it
+            layer.self_attn = MIXERS[hybrid["mixer"]](text, vllm_config.model_config.dtype,
+                                                      name.removesuffix(".attn"))
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config):
@@ -187,3 +259,38 @@ class Qwen3VLHybrid(Qwen3VLForConditionalGeneration, HasInnerState, IsHybrid):
     @classmethod
     def get_mamba_state_copy_func(cls):
         return MambaStateCopyFuncCalculator.mamba2_state_copy_func()
+
+    def stored_names(self):
+        """Every tensor of a folder that distill.py or sft_dpo.py wrote for this model."""
+        names, back = set(), {"language_model.model.": "model.language_model.",
+                              "visual.": "model.visual.", "language_model.lm_head.": "lm_head."}
+        for name, _ in self.named_parameters():
+            prefix = next(new for new in back if name.startswith(new))
+            name = back[prefix] + name.removeprefix(prefix).replace(*reversed(RENAMED))
+            *owner, module, last = name.split(".")
+            for part in self.packed_modules_mapping.get(module, [module]):
+                names.add(".".join([*owner, part, last]))
+        return names
+
+    def load_weights(self, weights):
+        """Strictly: ValueError names each tensor that is missing or spare, or the first that does
+        not fit."""
+        expected, seen, spare = self.stored_names(), [], []
+        blind = not list(self.visual.parameters())        # vLLM is to see no pictures
+
+        def known():
+            for name, tensor in weights:
+                if blind and name.startswith("model.visual."):
+                    continue
+                (seen if name in expected else spare).append(name)
+                if name in expected:
+                    yield name, tensor
+        try:
+            loaded = super().load_weights(known())
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"{seen[-1]} does not fit this model: {error}") from error
+        wrong = [f"missing tensor {name}" for name in sorted(expected - set(seen))]
+        wrong += [f"unexpected tensor {name}" for name in spare]
+        if wrong:
+            raise ValueError("the folder does not hold this model: " + "; ".join(wrong))
+        return loaded
