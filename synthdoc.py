@@ -8,7 +8,7 @@ method runs with nothing to download:
     suite      family    page                                       question -> answer
     reading    receipt   an item and its price, shop, date          price of milk? -> 4.75
                form      fields filled with names, cities, codes    what is the code? -> k7q2
-               sign      one sign before a softly textured wall     what does the sign say? -> gate 417
+               sign      one sign before a softly textured wall     what does it say? -> gate 417
                chart     bars, one with a value and a name          value of may? -> 37
                digits    real handwriting: 8 x 8 scans of digits    which number? -> 508
     reasoning  colour    large shapes                               colour of the circle? -> red
