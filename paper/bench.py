@@ -30,6 +30,7 @@ import argparse
 import gc
 import importlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -179,13 +180,10 @@ def device_rates(opt):
     return rates
 
 
-def line(label, *cells):
-    """A line of a table, numbers to three digits at least."""
-    def show(c):
-        if isinstance(c, float):
-            return f"{c:.3g}" if c < 100 else f"{c:,.0f}"
-        return "-" if c is None else str(c)
-    print(f"{label:32}" + "".join(f"{show(c):>12}" for c in cells), flush=True)
+def say(label, row):
+    """A row of figures: seconds, bytes, and numbers without a unit."""
+    shown = (f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, (int, float)))
+    print(f"{label}:", ", ".join(shown), flush=True)
 
 
 # ---- By context (Table 7's right half, Fig. 5) ----
@@ -197,7 +195,6 @@ def contexts(opt):
     if opt.transformers:
         contenders["transformers"] = (TransformersReader,)
     places = [(T, at) for T in opt.contexts for at in ("batch 1", "equal memory")]
-    line("context", "rows", "first s", "floor", "step ms", "floor", "tokens/s", "peak GB", "cache")
     # New processes for each place on a CPU, whose allocator keeps what was freed.
     for group in [[place] for place in places] if opt.device == "cpu" else [places]:
         found = measure(opt, contenders, [c for place in group for c in reading(opt, *place)])
@@ -205,14 +202,11 @@ def contexts(opt):
             rows = table[T][at] = {}
             for name, took in found.get((T, at), {}).items():
                 if "step" in took:
-                    r = rows[name] = figures(opt, took, rates, rows.get("teacher"))
-                    line(f"{T:7} {at:13} {name}", r["batch"], r.get("first_token"),
-                         r.get("first_token_floor"), 1e3 * r["step"], 1e3 * r["step_floor"],
-                         r["tokens_s"], r["peak"] / GB, r["held"] / GB)
+                    rows[name] = figures(opt, took, rates, rows.get("teacher"))
             if {"teacher", "hybrid"} <= rows.keys():
-                ratios = rows["ratios"] = compared(rows["teacher"], rows["hybrid"])
-                print("hybrid over teacher:", ", ".join(f"{k} {v:.3f}" for k, v in ratios.items()),
-                      flush=True)
+                rows["ratios"] = compared(rows["teacher"], rows["hybrid"])
+            for name, row in rows.items():
+                say(f"{T}, {at}, {name}", row)
     draw_contexts(opt, table)
     return dict(rates=rates, contexts=table)
 
@@ -273,23 +267,21 @@ def draw_contexts(opt, table):
     panels = {"first_token": ("time to first token, and its floor (dotted)", "s"),
               "step": ("decode step at batch 1, and its floor (dotted)", "s"),
               "peak": ("peak memory of decoding at batch 1", "B")}
-
-    def draw(ax, points, **style):
-        if points := [(T, y) for T, y in points if y is not None]:
-            ax.plot(*zip(*points), **style)
     for ax, (key, (title, unit)) in zip(axes.flat, panels.items()):
         for name, (ink, marker) in INKS.items():
-            rows = [(T, at["batch 1"].get(name, {})) for T, at in table.items()]
-            draw(ax, [(T, r.get(key)) for T, r in rows], color=ink, marker=marker, label=name)
-            draw(ax, [(T, r.get(key + "_floor")) for T, r in rows], color=ink, ls=":")
+            rows = [at["batch 1"].get(name, {}) for at in table.values()]
+            ys, floors = ([r.get(k, math.nan) for r in rows] for k in (key, key + "_floor"))
+            if any(rows):
+                ax.plot(table.keys(), ys, color=ink, marker=marker, label=name)
+                ax.plot(table.keys(), floors, color=ink, ls=":")
         ax.set(yscale="log")
         ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 4, 6, 8)),
                      major_formatter=EngFormatter(unit), minor_formatter=NullFormatter())
         ax.set_title(title, loc="left")
     last = axes.flat[3]
-    for at, style in (("batch 1", dict(marker="o")), ("equal memory", dict(marker="D", ls="--"))):
-        draw(last, [(T, row[at].get("ratios", {}).get("tokens_s")) for T, row in table.items()],
-             color=INKS["hybrid"][0], label=at, **style)
+    for at, style in (("batch 1", "o-"), ("equal memory", "D--")):
+        ratios = [row[at].get("ratios", {}).get("tokens_s", math.nan) for row in table.values()]
+        last.plot(table.keys(), ratios, style, color=INKS["hybrid"][0], label=at)
     last.plot(*zip(*SPEEDUP.items()), "kx", label="the paper (vLLM, H100)")
     last.set_title("tokens/s, hybrid over teacher", loc="left")
     last.set_ylim(bottom=0)
@@ -317,20 +309,19 @@ def train(opt):
     for _ in range(opt.repeats + 1):                      # conditions take turns
         for place in places:
             calls += [(place, "micro", *place), (place, "update")]
-    line("condition and stage", "s", "update s", "tokens/s", "GFLOP/token", "% of rate", "peak GB")
     for (c, n), took in measure(opt, {"train": (Trainer, *HOURS)}, calls).items():
         if len(took["train"].get("update", ())) > opt.repeats:
-            r = stages[c, n] = stage_figures(opt, rates, **took["train"])
-            line(f"{c if n < 3 else 'all'} {n}", r["seconds"], r["update"], r["tokens_s"],
-                 r["flops"] / 1e9, 100 * r["share"], r["peak"] / GB)
-    line("all stages, 10/30/60", "s/k tokens", "over c1", "paper", "GPU hours", "paper")
+            stages[c, n] = stage_figures(opt, rates, **took["train"])
+            say(f"{c if n < 3 else 'all'}, stage {n}", stages[c, n])
     for c in HOURS:
         mine = {n: stages[p] for n in SHARES if (p := ("c1" if n == 3 else c, n)) in stages}
         if len(mine) == (1 if c == "c1" else 3):
             each = weighted({n: 1 / r["tokens_s"] for n, r in mine.items()})
             over = each / table["c1"]["seconds_token"] if table else 1.0
-            table[c] = dict(stages=mine, seconds_token=each, over_c1=over, hours=2e9 * each / 3600)
-            line(c, 1e3 * each, over, HOURS[c] / HOURS["c1"], table[c]["hours"], HOURS[c])
+            table[c] = dict(stages=mine, seconds_token=each, hours=2e9 * each / 3600,
+                            paper_hours=HOURS[c], over_c1=over,
+                            paper_over_c1=HOURS[c] / HOURS["c1"])
+            say(f"{c}, all stages 10/30/60", table[c])
     stages = {f"{c} {n}": r for (c, n), r in stages.items()}
     return dict(rates=rates, conditions=table, stages=stages)
 
@@ -354,7 +345,8 @@ def weighted(costs):
 
 
 def against(opt):
-    """How far answers and losses differ is printed, for unless they agree nothing is compared."""
+    """slower: their time over ours; memory: ours over theirs. difference: of the first answers or
+    losses, relative to ours, for unless they agree nothing is compared."""
     opt.libraries = [f"transformers.models.{m}.modeling_{m}" for m in ("qwen3_vl", "mamba2")]
     readers = {"ours": (Reader, "teacher"), "transformers": (TransformersReader,)}
     trainers = {"ours": (Trainer, "c3"), "transformers": (TransformersTrainer, True),
@@ -363,34 +355,25 @@ def against(opt):
     asks = [("generate", "generate") for _ in again]
     learns = [(f"stage {n}", "train", n) for n in SHARES for _ in again]
     table = {}
-    line("task", "ms", "x ours", "peak GB", "ours / it", "difference")
     for place, took in (measure(opt, readers, asks) | measure(opt, trainers, learns)).items():
-        rows = table[place] = {}
+        table[place] = {}
         for name, tasks in took.items():
-            (rounds,) = tasks.values()
-            (first,) = took.get("ours", tasks).values()
-            rows[name] = dict(seconds=median(rounds[1:] or rounds), peak=max(t.peak for t in rounds),
-                              difference=difference(first[0].answer, rounds[0].answer))
-        show_against(place, rows)
+            (rounds,), (first,) = tasks.values(), took.get("ours", tasks).values()
+            a, b = first[0].answer, rounds[0].answer
+            table[place][name] = dict(
+                seconds=median(rounds[1:] or rounds), peak=max(t.peak for t in rounds),
+                difference=float(abs(b - a).max() / abs(a).max()))
     stages = [table.get(f"stage {n}", {}) for n in SHARES]
     table["10/30/60"] = {name: dict(
         seconds=weighted({n: rows[name]["seconds"] for n, rows in zip(SHARES, stages)}),
         peak=max(rows[name]["peak"] for rows in stages))
         for name in trainers if all(name in rows for rows in stages)}
-    show_against("10/30/60", table["10/30/60"])
+    for place, rows in table.items():
+        for name, row in rows.items():
+            ours = rows.get("ours", row)
+            row.update(slower=row["seconds"] / ours["seconds"], memory=ours["peak"] / row["peak"])
+            say(f"{place}, {name}", row)
     return table
-
-
-def difference(ours, theirs):
-    """The largest between two answers, relative to ours."""
-    return float(abs(theirs - ours).max() / abs(ours).max())
-
-
-def show_against(place, rows):
-    for name, r in rows.items():
-        first = rows.get("ours", r)
-        line(f"{place:10}{name}", 1e3 * r["seconds"], r["seconds"] / first["seconds"],
-             r["peak"] / GB, first["peak"] / r["peak"], r.get("difference"))
 
 
 # ---- The scan ----
@@ -405,17 +388,17 @@ def scan(opt):
                   for row, (_, chunks) in SCANS.items() if have[row] for chunk in chunks}
     calls = [("scan", task) for task in (opt.repeats + 1) * ["forward", "both"]]
     table = {}
-    line("scan, and its chunk", "fwd ms", "+ bwd ms", "x ours", "added MB", "x ours")
     for name, took in measure(opt, contenders, calls).get("scan", {}).items():
         if len(took.get("both", ())) <= opt.repeats:
             continue
         # A CPU's allocator keeps what was freed, so there only the first run shows what it takes.
         rounds = took["forward"] + took["both"] if opt.device == "cpu" else took["both"][1:]
-        r = dict(forward=median(took["forward"][1:]), both=median(took["both"][1:]),
-                 added=max(t.peak for t in rounds) - min(t.start for t in rounds))
-        table[name], first = r, table.get("ours", r)
-        line(name, 1e3 * r["forward"], 1e3 * r["both"], r["both"] / first["both"],
-             r["added"] / 1e6, r["added"] / max(1, first["added"]))
+        table[name] = dict(forward=median(took["forward"][1:]), both=median(took["both"][1:]),
+                           added=max(t.peak for t in rounds) - min(t.start for t in rounds))
+        ours = table.get("ours", table[name])
+        table[name] |= {f"{key}_over_ours": table[name][key] / max(1e-9, ours[key])
+                        for key in ("both", "added")}
+        say(name, table[name])
     return table
 
 

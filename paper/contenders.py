@@ -148,22 +148,15 @@ def questions(opt):
 # ---- What must be held, read and computed ----
 
 
-def state_bytes(text, width):
-    """Of a Mamba-2 layer and row: the state (fp32) and the convolution's last inputs.
-    width: bytes of a number."""
-    H, G, P = text.num_attention_heads, text.num_key_value_heads, text.head_dim
-    return H * P * P * 4 + 3 * (2 * G + H) * P * width
-
-
-def cache_bytes(text, mixers, T, width, rows=1):
-    """What decoding carries along after T positions, where `mixers` of the layers have Mamba-2."""
-    attention = 2 * text.num_key_value_heads * T * text.head_dim * width              # keys, values
-    attention *= text.num_hidden_layers - mixers
-    return rows * (attention + mixers * state_bytes(text, width))
+def row_bytes(states, T):
+    """What decoding carries along for one row after T positions, by a prompt's states; after 0 what
+    does not grow."""
+    return sum(2 * T * s.k[0, :, :1].nbytes if isinstance(s, KVCache)
+               else sum(t[0].nbytes for t in s) for s in states)
 
 
 def held(states):
-    """What cache_bytes counts, on the tensors; room to spare in buffers does not count."""
+    """Bytes of states, without the room to spare in their buffers."""
     return sum((t[:, :, :s.length] if isinstance(s, KVCache) else t).numel() * t.element_size()
                for s in states for t in s if isinstance(t, torch.Tensor))
 
@@ -272,15 +265,15 @@ class Reader:
     def begin(self, T, full):
         """Readies decoding after T positions; 0: after those that prefill has read. full: of as
         many rows as opt.budget holds, else of one."""
-        text, width = self.model.config.text, getattr(torch, self.opt.dtype).itemsize
-        mixers = len((self.model.config.hybrid or {}).get("layers", ()))
+        text, rows = self.model.config.text, 1
         decoder = sum(p.nbytes for part in (self.model.layers, self.model.norm, self.model.lm_head)
                       for p in part.parameters())
         weights = sum(p.nbytes for p in self.model.parameters())
-        # Replayed steps keep recurrent states three times more.
-        row = cache_bytes(text, mixers, T + ROOM, width)
-        row += 3 * self.graph * mixers * state_bytes(text, width)
-        rows = largest_batch(self.opt.budget * GB, weights, row) if full else 1
+        if full:
+            self.prefill(16)
+            # Replayed steps keep recurrent states three times more.
+            row = row_bytes(self.states, T + ROOM) + 3 * self.graph * row_bytes(self.states, 0)
+            rows = largest_batch(self.opt.budget * GB, weights, row)
         if not rows:
             raise ValueError(f"{self.opt.budget:.3g} GB do not hold the weights and one row")
         while not self.lengthened(T, rows):               # what was counted leaves out scratch

@@ -39,6 +39,14 @@ def made(name, dtype=torch.float32, hybrid=False):
     return to_hybrid(model) if hybrid else model
 
 
+def cache_bytes(text, mixers, T, width, rows=1):
+    """By the shapes in mamba2.py and model.py: keys and values of every position, or a state in fp32 and three inputs
+    of the convolution, in numbers of `width` bytes."""
+    H, G, P = text.num_attention_heads, text.num_key_value_heads, text.head_dim
+    attention, mixer = 2 * G * T * P * width, 4 * H * P * P + 3 * (2 * G + H) * P * width
+    return rows * ((text.num_hidden_layers - mixers) * attention + mixers * mixer)
+
+
 def every_byte(states):
     """Independent of contenders.held: the storage behind each tensor, which a prefill in one chunk fills exactly."""
     return sum(t.untyped_storage().nbytes() for s in states for t in s if isinstance(t, torch.Tensor))
@@ -52,12 +60,12 @@ def test_counted_cache_bytes_are_those_of_a_real_prefill(name, hybrid, dtype):
     _, states, position = model.prefill(torch.randint(0, 80, (rows, T)))
     mixers = sum(not isinstance(s, KVCache) for s in states)
     assert mixers == (3 * len(states) // 4 if hybrid else 0)
-    counted = contenders.cache_bytes(model.config.text, mixers, T, dtype.itemsize, rows)
-    assert contenders.held(states) == counted
+    counted = cache_bytes(model.config.text, mixers, T, dtype.itemsize, rows)
+    assert contenders.held(states) == rows * contenders.row_bytes(states, T) == counted
     attention = [s for s in states if isinstance(s, KVCache)]
     assert every_byte(attention) == contenders.held(attention)
     _, states = model.step(torch.zeros(rows, dtype=torch.long), states, position)         # buffers grow ahead of need
-    grown = contenders.cache_bytes(model.config.text, mixers, T + 1, dtype.itemsize, rows)
+    grown = cache_bytes(model.config.text, mixers, T + 1, dtype.itemsize, rows)
     assert contenders.held(states) == grown
     assert every_byte([s for s in states if isinstance(s, KVCache)]) > grown - counted + contenders.held(attention)
 
@@ -67,7 +75,8 @@ def test_the_largest_batch_fits_its_budget_and_one_more_row_does_not(hybrid):
     model, T = made("grouped", hybrid=hybrid), 500
     _, states, position = model.prefill(torch.randint(0, 80, (1, 5)))
     mixers, weights = sum(not isinstance(s, KVCache) for s in states), sum(p.nbytes for p in model.parameters())
-    row = contenders.cache_bytes(model.config.text, mixers, T + contenders.ROOM, 4)
+    row = contenders.row_bytes(states, T + contenders.ROOM)
+    assert row == cache_bytes(model.config.text, mixers, T + contenders.ROOM, 4)
     budget = weights + 3.7 * row
     rows = contenders.largest_batch(budget, weights, row)
 
@@ -76,17 +85,17 @@ def test_the_largest_batch_fits_its_budget_and_one_more_row_does_not(hybrid):
         return weights + sum(t.numel() * t.element_size() for s in filled for t in s if isinstance(t, torch.Tensor))
     assert allocated(rows) <= budget < allocated(rows + 1)
     filled = contenders.lengthen(states, T, rows, shared=False)
-    assert contenders.held(filled) == contenders.cache_bytes(model.config.text, mixers, T, 4, rows)
+    assert contenders.held(filled) == cache_bytes(model.config.text, mixers, T, 4, rows)
     logits, after = model.step(torch.ones(rows, dtype=torch.long), filled, torch.full((rows,), T))
     assert logits.shape == (rows, 90) and torch.isfinite(logits).all()
-    assert contenders.held(after) - contenders.held(filled) == contenders.cache_bytes(model.config.text, mixers, T + 1, 4, rows) \
-        - contenders.cache_bytes(model.config.text, mixers, T, 4, rows)
+    assert contenders.held(after) - contenders.held(filled) == cache_bytes(model.config.text, mixers, T + 1, 4, rows) \
+        - cache_bytes(model.config.text, mixers, T, 4, rows)
     assert contenders.largest_batch(weights / 2, weights, row) == 0
 
 
 def test_three_to_one_leaves_a_quarter_of_the_cache_at_128k_at_the_papers_shape():
     text = TextConfig()                                   # Qwen3-VL-8B, bf16; 147,456 bytes a token in 36 layers
-    teacher, hybrid = (contenders.cache_bytes(text, mixers, 131072, 2) for mixers in (0, 27))
+    teacher, hybrid = (cache_bytes(text, mixers, 131072, 2) for mixers in (0, 27))
     assert teacher == 147_456 * 131_072
     assert 0.25 < hybrid / teacher < 0.2535               # the rest: 27 states of 2 MB and 3 convolution inputs
 
@@ -115,7 +124,7 @@ def test_a_reader_fills_its_budget_and_takes_fewer_rows_where_scratch_leaves_no_
     r = reader()
     many = r.begin(200, full=True)
     assert many["batch"] > 5
-    assert many["held"] == contenders.cache_bytes(r.model.config.text, 6, 200, 4, many["batch"])
+    assert many["held"] == cache_bytes(r.model.config.text, 6, 200, 4, many["batch"])
     assert many["weights"] + many["held"] < 0.02 * contenders.GB and r.position.tolist() == [200] * many["batch"]
     decoder = sum(p.nbytes for n, p in r.model.named_parameters() if "visual" not in n)      # tied: the head is in it
     assert many["reads"] == decoder + many["held"]
