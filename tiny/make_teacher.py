@@ -45,8 +45,8 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from data import Processor, Sample, collate
-from model import Config, Qwen3VL, TextConfig, VisionConfig
 from formats import texts
+from model import Config, Qwen3VL, TextConfig, VisionConfig
 from synthdoc import (CHARS, COLOURS, HELD_OUT_DIGITS, SHAPES, World, blank, colour, count, dark,
                       plain_text, relation, scans, scene, shape, stamp, write)
 
