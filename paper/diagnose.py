@@ -15,6 +15,7 @@ pictures go to paper/results/diagnose.
     drift       delta_{l,p}, Sect. 3.1 (L, T)   length of student's minus teacher's residual;
                                                 row l-1 is layer l = 1..L
     size        || r_{l,p} ||          (L, T)   length of the teacher's residual
+    turn        -                      (L, T)   1 - cosine of student's and teacher's residual
     attention   teacher attention      (L, T)   what a position receives, a share in 0..1
     rho         rho(p), Eq. 2          (N,)     density of the N visual positions, in reading order
     together    a, Fig. 3B             (10,)    how far the answer's score falls, nats a token, when
@@ -68,12 +69,13 @@ class Seen:
     rho: np.ndarray
     drift: np.ndarray
     size: np.ndarray
+    turn: np.ndarray
     attention: np.ndarray
     together: np.ndarray
     alone: Optional[np.ndarray]     # None where not measured: it costs a pass for every position
     fisher: np.ndarray
     grid: tuple                     # height and width of the first image in visual tokens
-    others: dict                    # {student: drift (L, T)} of the further ones
+    others: dict                    # {student: (drift, turn)} of the further ones
     shown: tuple                    # the first image, the question and its answer
 
 
@@ -102,18 +104,20 @@ def attention_received(attention, x, rope, chunk=256):
 def walk(teacher, student, e, own):
     """Both models through all layers, each on its own stream. e, own: their embeddings of one page.
 
-    -> drift, size, attention, each (L, T). As in Eq. 4, streams are read where a layer ends, before
-    DeepStack adds to them; unlike there, kept layers are read too, for they carry on what earlier
-    ones lost.
+    -> drift, size, turn, attention, each (L, T). As in Eq. 4, streams are read where a layer ends,
+    before DeepStack adds to them; unlike there, kept layers are read too, for they carry on what
+    earlier ones lost.
     """
     r, s, rows = e.x, own.x, []                                                         # (1, T, D)
     for i, (theirs, ours) in enumerate(zip(teacher.layers, student.layers)):
         seen = attention_received(theirs.self_attn, theirs.input_layernorm(r), e.rope)
         r, s = theirs(r, None, e.rope)[0], ours(s, None, own.rope)[0]
-        rows.append(torch.stack([squared_drift(s, r)[0].sqrt(), r[0].float().norm(dim=-1), seen]))
+        drift, size = squared_drift(s, r)[0].sqrt(), r[0].float().norm(dim=-1)          # (T,)
+        turn = 1 - F.cosine_similarity(s[0].float(), r[0].float(), dim=-1)
+        rows.append(torch.stack([drift, size, turn, seen]))
         if i < len(e.deepstack):
             r, s = r + e.deepstack[i], s + own.deepstack[i]
-    return torch.stack(rows, dim=1)                                                     # (3, L, T)
+    return torch.stack(rows, dim=1)                                                     # (4, L, T)
 
 
 @torch.no_grad()
@@ -154,7 +158,7 @@ def deciles(rho):
 
 def measure(teacher, students, page, shown, each):
     """An Encoded page with image and answer -> Seen. students: {name: model}; of all but the first
-    only the drift is measured. each: also hide every visual position by itself."""
+    only drift and turn are measured. each: also hide every visual position by itself."""
     c, weight, (first, *names) = teacher.config, teacher.lm_head.weight, students
     device, m = weight.device, c.vision.spatial_merge_size
     ids, labels, grids = (t.to(device) for t in (page.ids, page.labels, page.grids))
@@ -162,7 +166,7 @@ def measure(teacher, students, page, shown, each):
     with torch.no_grad():
         vision = teacher.visual(pixels, grids)
         e = teacher.embed(ids[None], None, None, grids, vision)
-        walked = {}                                       # {student: (3, L, T)}
+        walked = {}                                       # {student: (4, L, T)}
         for name, student in students.items():
             own = student.embed(ids[None], None, pixels, grids)      # after SFT not the teacher's
             walked[name] = walk(teacher, student, e, own).cpu().double().numpy()
@@ -179,7 +183,7 @@ def measure(teacher, students, page, shown, each):
     return Seen(visual.cpu().numpy(), rho, *walked[first], together=fall[:GROUPS],
                 alone=fall[GROUPS:] if each else None, fisher=fisher,
                 grid=tuple((page.grids[0, 1:] // m).tolist()),
-                others={name: walked[name][0] for name in names}, shown=shown)
+                others={name: walked[name][[0, 2]] for name in names}, shown=shown)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -303,6 +307,21 @@ def in_groups(one, values):
     return np.bincount(group, values) / np.bincount(group)
 
 
+MEASURES = {"length": "", "relative": ", over the residual's length", "turn": ", as 1 - cosine"}
+
+
+def drift_by_decile(pages, other=None):
+    """A student's drift, mean over layers, by three measures: its length, as the paper's delta has
+    it; over the length of the teacher's residual; and by direction alone. Lengths of streams differ
+    from position to position, and where a stream is long a small turn is a long way."""
+    rows = {measure: [] for measure in MEASURES}
+    for one in pages:
+        drift, turn = one.others[other] if other else (one.drift, one.turn)
+        for measure, values in zip(MEASURES, (drift, drift / one.size, turn)):
+            rows[measure].append(in_groups(one, values.mean(0)[one.visual]))
+    return {measure: by_decile(np.stack(values)) for measure, values in rows.items()}
+
+
 def spread(values):
     """Over pages: mean, 5th and 95th percentile, and the values, without those that are not
     defined."""
@@ -335,15 +354,16 @@ def diagnose(pages, replaced):
     alone = [one for one in pages if one.alone is not None]
     if len(alone) < 2:
         raise ValueError(f"a bootstrap over pages needs at least 2, but there are {len(alone)}")
-    drifts = np.stack([[in_groups(one, row[one.visual]) for row in one.drift] for one in pages])
-    others = {name: by_decile(np.stack([in_groups(one, one.others[name].mean(0)[one.visual])
-                                        for one in pages])) for name in pages[0].others}
+    drifts, sizes = (np.stack([[in_groups(one, row[one.visual]) for row in getattr(one, what)]
+                               for one in pages]) for what in ("drift", "size"))        # (n, L, 10)
     lines = {"densest tenth": drifts[..., -1], "least dense tenth": drifts[..., 0],         # (n, L)
              "text": np.stack([one.drift[:, ~one.visual].mean(1) for one in pages])}
     single = by_decile(np.stack([in_groups(one, one.alone) for one in alone]))
     single["spearman"] = spread([spearman(one.rho, one.alone) for one in alone])
-    return dict(pages=len(pages), replaced=list(replaced), drift=by_decile(drifts.mean(1)),
-                drift_of_others=others,
+    return dict(pages=len(pages), replaced=list(replaced), drift=drift_by_decile(pages),
+                drift_of_others={name: drift_by_decile(pages, name) for name in pages[0].others},
+                size_by_layer={"densest tenth": sizes.mean(0)[:, -1].tolist(),
+                               "least dense tenth": sizes.mean(0)[:, 0].tolist()},
                 drift_by_layer={name: v.mean(0).tolist() for name, v in lines.items()},
                 importance=dict(together=by_decile(np.stack([one.together for one in pages])),
                                 alone=single),
@@ -385,10 +405,16 @@ def table(results):
     between = fisher["between_layers"]
     rows = [(f"{results['pages']} pages", "the paper", "here"), ("---",) * 3,
             ("drift, densest / least dense tenth (Fig. 3A)", "0.281 / 0.078 = 3.6",
-             tenths(results["drift"]))]
-    rows += [(f"the same of {name}", "-", tenths(v))
-             for name, v in results["drift_of_others"].items()]
-    rows += [("answer score, a tenth hidden (Fig. 3B), nats", "0.143 / 0.041 = 3.5",
+             tenths(results["drift"]["length"]))]
+    students = {"": results["drift"]}
+    students |= {f" of {name}": figures for name, figures in results["drift_of_others"].items()}
+    rows += [(f"the same{of}{words}", "-", tenths(figures[measure]))
+             for measure, words in MEASURES.items() for of, figures in students.items()
+             if of or words]
+    sizes = zip(*results["size_by_layer"].values())
+    rows += [("length of the teacher's residual, by layer", "-",
+              ", ".join(f"{top:.0f} / {bottom:.0f}" for top, bottom in sizes)),
+             ("answer score, a tenth hidden (Fig. 3B), nats", "0.143 / 0.041 = 3.5",
               tenths(importance["together"])),
              ("answer score, one position hidden, nats", "-", tenths(importance["alone"])),
              ("Spearman of density and that, within a page [5th, 95th]", "-",
@@ -414,7 +440,8 @@ def table(results):
 # Pictures
 
 # Okabe and Ito's colours, which the colour-blind tell apart
-RED, BLUE, GREEN, OCHRE, PALE = "#D55E00", "#0072B2", "#009E73", "#E69F00", "#c4c4cc"
+COLOURS = RED, BLUE, GREEN, OCHRE, PINK = "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7"
+PALE = "#c4c4cc"
 TENTHS = np.arange(1, GROUPS + 1)
 
 
@@ -423,8 +450,11 @@ def draw_charts(results, path):
     figure, axes = plt.subplots(3, 2, figsize=(9, 10), layout="constrained")
     importance, student = results["importance"], results["student"]
     fall = "fall of the teacher's answer score, nats a token"
-    draw_tenths(axes[0, 0], "A  Residual drift", "|student − teacher|, mean over layers",
-                {student: results["drift"]} | results["drift_of_others"])
+    students = {student: results["drift"]} | results["drift_of_others"]
+    draw_tenths(axes[0, 0], "A  Residual drift over the residual's length",
+                "|student − teacher| / |teacher|",
+                {name: figures["relative"] for name, figures in students.items()})
+    axes[0, 0].plot((1, GROUPS), (0.078, 0.281), "D", color="black", mfc="none", label="the paper")
     draw_tenths(axes[0, 1], "B  Importance of a tenth", fall,
                 {"a tenth hidden": importance["together"]})
     axes[0, 1].plot((1, GROUPS), (0.041, 0.143), "D", color="black", mfc="none", label="the paper")
@@ -447,7 +477,7 @@ def draw_charts(results, path):
 
 def draw_tenths(axis, title, unit, named):
     """Means by tenth of the visual positions with their 95 % intervals."""
-    for (name, figures), colour in zip(named.items(), (RED, BLUE, GREEN, OCHRE)):
+    for (name, figures), colour in zip(named.items(), COLOURS):
         mean, low, high = np.array(figures["means"]).T
         axis.fill_between(TENTHS, low, high, color=colour, alpha=0.2, lw=0)
         axis.plot(TENTHS, mean, "o-", color=colour, ms=4, label=name)

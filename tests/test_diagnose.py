@@ -48,7 +48,7 @@ def made_up(n, seed=0, layers=3):
         density = np.full(T, 0.4)
         density[visual] = rho
         drift = density + 0.2 * visual + 0.1 * np.arange(layers)[:, None] + attention + rng.gamma(2, 0.1, (layers, T))
-        out.append(Seen(visual, rho, drift, rng.gamma(9, 1, (layers, T)), attention,
+        out.append(Seen(visual, rho, drift, rng.gamma(9, 1, (layers, T)), drift / 9, attention,
                         np.sort(rng.normal(0.5, 1, 10)), rho + rng.normal(0, 0.1, len(rho)),
                         rng.gamma(1, 1, (2, len(rho))) * rho, (1, len(rho)), {},
                         (Image.new("RGB", (9, 9)), "question?", "answer")))
@@ -198,10 +198,12 @@ def test_drift_is_the_distance_of_the_streams_that_hooks_see(models):
             model(page.ids[None], None, page.pixels, page.grids)
         for hook in hooks:
             hook.remove()
-    drift, size, _ = diagnose.walk(teacher, student, embedded(teacher, page), embedded(student, page)).double()
+    drift, size, turn, _ = diagnose.walk(teacher, student, embedded(teacher, page), embedded(student, page)).double()
     for k in range(len(teacher.layers)):
         torch.testing.assert_close(drift[k], (seen["s", k] - seen["r", k])[0].norm(dim=-1), atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(size[k], seen["r", k][0].norm(dim=-1), atol=1e-3, rtol=1e-3)
+        dot = (seen["s", k] * seen["r", k])[0].sum(-1) / size[k] / seen["s", k][0].norm(dim=-1)
+        torch.testing.assert_close(turn[k], 1 - dot, atol=1e-5, rtol=1e-4)
     assert drift[:, 5:].min() > 0                         # the stand-in student does drift
 
 
@@ -264,11 +266,11 @@ def test_the_command_writes_table_results_and_pictures(folder, tmp_path, capsys)
                    "--alone", "2", "--device", "cpu", "--out", str(tmp_path / "out")])
     said, results = capsys.readouterr().out, json.loads((tmp_path / "out" / "results.json").read_text())
     assert "| 0.30 [0.27, 0.33] |" in said and "| 0.63 [0.49, 0.74] |" in said and results["pages"] == 3
-    assert results["drift"]["ratio"][0] == pytest.approx(
-        results["drift"]["means"][9][0] / results["drift"]["means"][0][0])
-    assert "the same of silent" in said and results["drift_of_others"]["silent"]["pages"] == 3
+    assert results["drift"]["turn"]["ratio"][0] == pytest.approx(
+        results["drift"]["turn"]["means"][9][0] / results["drift"]["turn"]["means"][0][0])
+    assert "the same of silent, over the residual's length" in said
     teacher, worlds = Qwen3VL.from_pretrained(ROOT / "tiny", torch.float32), [World("eval", 1, suite) for suite in ("reading", "reasoning")]
-    expected = []
+    expected = {"length": [], "relative": [], "turn": []}
     for sample in (worlds[0][0], worlds[1][0], worlds[0][1]):
         page, streams = Processor(ROOT / "tiny").encode(sample), {}
         for name, model in (("r", teacher), ("s", silent)):
@@ -278,13 +280,17 @@ def test_the_command_writes_table_results_and_pictures(folder, tmp_path, capsys)
                 model.hidden(page.ids[None], None, page.pixels, page.grids)
             for hook in hooks:
                 hook.remove()
-        gaps = torch.stack([(s - r)[0].norm(dim=-1) for r, s in zip(streams["r"], streams["s"])]).mean(0)
+        r, s = (torch.stack(streams[key])[:, 0] for key in "rs")                    # (L, T, D)
+        lengths = [z.square().sum(-1).sqrt() for z in (s - r, r, s)]
+        found = dict(length=lengths[0], relative=lengths[0] / lengths[1], turn=1 - (r * s).sum(-1) / lengths[1] / lengths[2])
         visual = page.ids == teacher.config.image_token_id
         with torch.no_grad():
             rho = image_densities(teacher.visual(page.pixels, page.grids).patches, page.grids, 2)
-        expected.append([gaps[visual][chunk].mean() for chunk in rho.argsort(stable=True).chunk(10)])
-    np.testing.assert_allclose([m for m, _, _ in results["drift_of_others"]["silent"]["means"]],
-                               np.mean(expected, 0), rtol=1e-3)
+        for measure, gaps in found.items():
+            expected[measure].append([gaps.mean(0)[visual][chunk].mean() for chunk in rho.argsort(stable=True).chunk(10)])
+    for measure, values in expected.items():
+        shown = [m for m, _, _ in results["drift_of_others"]["silent"][measure]["means"]]
+        np.testing.assert_allclose(shown, np.mean(values, 0), rtol=1e-3)
     for name in ("charts.png", "pages.png"):
         assert np.asarray(Image.open(tmp_path / "out" / name)).std() > 5
 
@@ -292,7 +298,7 @@ def test_the_command_writes_table_results_and_pictures(folder, tmp_path, capsys)
 def test_pictures_and_table_bear_figures_that_are_not_defined(tmp_path):
     pages = made_up(3)
     for one in pages:
-        one.drift, one.rho, one.together = 0 * one.drift, 0 * one.rho + 0.1, 0 * one.together
+        one.drift, one.turn, one.rho, one.together = 0 * one.drift, 0 * one.turn, 0 * one.rho + 0.1, 0 * one.together
     results = dict(student="c1", **diagnose.diagnose(pages, [0, 1]))
     diagnose.draw_charts(results, tmp_path / "charts.png")
     diagnose.draw_pages(pages, tmp_path / "pages.png")
