@@ -5,19 +5,19 @@ The paper distils on public samples (Table 12) and judges by ten benchmarks in t
 blurred picture would serve as well. This file draws both kinds in miniature, so that the whole
 method runs with nothing to download:
 
-    suite      family    page                                         question -> answer
-    reading    receipt   an item and its price, shop, date            price of milk? -> 4.75
-               form      fields filled with names, cities, codes      what is the code? -> k7q2
-               sign      one sign before a softly textured wall       what does the sign say? -> gate 417
-               chart     bars, one with a value and a name            value of may? -> 37
-               digits    real handwriting: 8 x 8 scans of digits      which number? -> 508
-    reasoning  colour    large shapes                                 colour of the circle? -> red
-               shape                                                  which shape is red? -> circle
-               count                                                  how many shapes? -> 3
-               relation                                               red at the top or bottom? -> top
-    regimes    smooth    blurred shapes among sharp lines of text     colour of the circle? -> red
-               textured  a receipt among blocks of hard noise         price of milk? -> 4.75
-    (text)     text      no page                                      plain English, all supervised
+    suite      family    page                                       question -> answer
+    reading    receipt   an item and its price, shop, date          price of milk? -> 4.75
+               form      fields filled with names, cities, codes    what is the code? -> k7q2
+               sign      one sign before a softly textured wall     what does it say? -> gate 417
+               chart     bars, one with a value and a name          value of may? -> 37
+               digits    real handwriting: 8 x 8 scans of digits    which number? -> 508
+    reasoning  colour    large shapes                               colour of the circle? -> red
+               shape                                                which shape is red? -> circle
+               count                                                how many shapes? -> 3
+               relation                                             red at the top or bottom? -> top
+    regimes    smooth    blurred shapes among sharp lines of text   colour of the circle? -> red
+               textured  a receipt among blocks of hard noise       price of milk? -> 4.75
+    (text)     text      no page                                    plain English, all supervised
 
     python synthdoc.py out.png            # a contact sheet of every family
 
@@ -41,7 +41,7 @@ pixels.
 import sys
 import zlib
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -54,17 +54,19 @@ CHARS = "abcdefghijklmnopqrstuvwxyz0123456789."
 ITEMS = ("milk bread apple tea rice salt fish eggs soap pasta honey juice lemon onion cocoa butter "
          "cheese sugar flour grapes").split()
 FIELDS = "name city code street room team color title".split()
-NAMES = "anna boris clara david elena frank greta henry irene jonas karla louis maria nils olga peter".split()
+NAMES = ("anna boris clara david elena frank greta henry irene jonas karla louis maria nils olga "
+         "peter").split()
 CITIES = "oslo paris rome vienna lima cairo delhi kyoto quebec berlin madrid dublin".split()
 STREETS = "oak elm pine mill lake hill park river".split()
 SIGNS = "gate exit dock hall lift ward track store studio museum garage office".split()
+ADJECTIVES = "fresh cold old cheap good small".split()
 MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
 SHAPES = "circle square triangle".split()
 COLOURS = dict(red=(208, 44, 44), green=(40, 150, 66), blue=(48, 88, 205), yellow=(233, 196, 40),
                purple=(140, 60, 170), black=(36, 36, 40))
 SUITES = dict(reading="receipt form sign chart digits".split(),
               reasoning="colour shape count relation".split())
-REGIMES = dict(regimes="smooth textured".split())            # neither trained on nor asked by default
+REGIMES = dict(regimes="smooth textured".split())     # neither trained on nor asked by default
 TRAIN_SHARES = dict(reading=0.55, reasoning=0.30, text=0.15)  # of the samples it trains on
 HELD_OUT_DIGITS = 500
 
@@ -88,9 +90,9 @@ class Page:
 
 
 @lru_cache(maxsize=None)
-def glyph(char, size):
+def glyph(char):
     """Coverage (16, 8) in 0..1 of one character, centred on its column, narrowed if too wide."""
-    font = ImageFont.load_default(size)    # Pillow's own font: the same on every machine
+    font = ImageFont.load_default(13)      # Pillow's own font: the same on every machine
     big = Image.new("L", (24, CELL))
     ImageDraw.Draw(big).text((4, 13), char, fill=255, font=font, anchor="ls")
     box = big.getbbox() or (4, 0, 8, CELL)
@@ -102,14 +104,14 @@ def glyph(char, size):
     return np.asarray(cell, np.float32) / 255
 
 
-def write(page, rng, text, row, col, ink, size=13):
+def write(page, rng, text, row, col, ink):
     """Text from cell (row, col) on, two characters a cell, jittered by up to 2 pixels."""
     x0, y0 = col * CELL + int(rng.integers(-2, 3)), row * CELL + int(rng.integers(-2, 3))
     height, width = page.canvas.shape[:2]
     for i, char in enumerate(text):
         x = x0 + 8 * i
         top, left, bottom, right = max(0, y0), max(0, x), min(height, y0 + CELL), min(width, x + 8)
-        a = glyph(char, size)[top - y0:bottom - y0, left - x:right - x, None]
+        a = glyph(char)[top - y0:bottom - y0, left - x:right - x, None]
         spot = page.canvas[top:bottom, left:right]
         spot += a * (np.asarray(ink, np.float32) - spot)
         if char != " ":
@@ -150,20 +152,26 @@ def number(rng, digits):
 # Families: each draws a page and lists its questions
 
 
+def entry(page, rng, label, value, question, row, left, ink, pen):
+    """A line of a receipt or form, and what is asked about it."""
+    write(page, rng, label, int(row), left, ink)
+    write(page, rng, value, int(row), left + 4, pen)
+    page.lines.append(f"{label} {value}")
+    page.questions.append((question, value))
+
+
 def receipt(rng, cells, split):
     """One item with its price, and perhaps the shop and the date: no two lines are of one kind."""
     page, (rows, cols), ink = blank(rng, cells, 3), cells, dark(rng)
     item, left = str(rng.choice(ITEMS)), int(rng.integers(0, cols - 7 + 1))
     lines = [("shop", str(rng.choice(SIGNS)), "What is the shop?"),
              ("date", f"{rng.integers(10, 29)} {rng.choice(MONTHS)}", "What is the date?"),
-             (item, f"{rng.integers(1, 10)}.{rng.integers(10, 100)}", f"What is the price of {item}?")]
+             (item, f"{rng.integers(1, 10)}.{rng.integers(10, 100)}",
+              f"What is the price of {item}?")]
     lines = [line for line in lines if line[0] == item or rng.random() < 0.5]
     places = sorted(rng.choice(rows, len(lines), replace=False))
-    for (label, value, question), row in zip(lines, places):
-        write(page, rng, label, int(row), left, ink)
-        write(page, rng, value, int(row), left + 4, ink)
-        page.lines.append(f"{label} {value}")
-        page.questions.append((question, value))
+    for line, row in zip(lines, places):
+        entry(page, rng, *line, row, left, ink, ink)
     return page
 
 
@@ -175,10 +183,7 @@ def form(rng, cells, split):
     for label, row in zip(labels, sorted(rng.choice(rows, lines, replace=False))):
         value = {"code": code(rng), "room": number(rng, 3), "team": number(rng, 2)}.get(label) \
             or str(rng.choice(fill[label]))
-        write(page, rng, label, int(row), left, ink)
-        write(page, rng, value, int(row), left + 4, pen)
-        page.lines.append(f"{label} {value}")
-        page.questions.append((f"What is the {label}?", value))
+        entry(page, rng, label, value, f"What is the {label}?", row, left, ink, pen)
     return page
 
 
@@ -300,10 +305,10 @@ def relation(page):
 
 def asked_scene(rng, cells, split, ask):
     """A scene about which `ask` finds something to ask: a lone shape may have no relation."""
-    page = scene(rng, cells, split)
-    while not (asked := ask(page)):
+    page = None
+    while not page or not page.questions:
         page = scene(rng, cells, split)
-    page.questions = asked
+        page.questions = ask(page)
     return page
 
 
@@ -333,28 +338,33 @@ def textured(rng, cells, split):
     return page
 
 
-DRAW = dict(receipt=receipt, form=form, sign=sign, chart=chart, digits=digits, smooth=smooth,
-            textured=textured)
-ASK = dict(colour=colour, shape=shape, count=count, relation=relation)
+DRAW = {f.__name__: f for f in (receipt, form, sign, chart, digits)}
+DRAW |= {f.__name__: partial(asked_scene, ask=f) for f in (colour, shape, count, relation)}
+DRAW |= dict(smooth=smooth, textured=textured)
 
 SENTENCES = [
-    "{name} bought {item} and {item2} in {city} .", "the {sign} is near the {street} road in {city} .",
-    "in {month} {name} sold {n} boxes of {item} .", "a {colour} {shape} is printed on the {item} box .",
-    "{name} lives in {city} and works at the {sign} .", "the {item} is {adj} but the {item2} is not .",
-    "every {month} the {sign} opens at {h} and closes late .", "{name} and {name2} walk to the {sign} .",
-    "please write the {field} on the form .", "the price of {item} rose to {h}.{n} in {month} ."]
+    "{name} bought {item} and {item2} in {city} .",
+    "the {sign} is near the {street} road in {city} .",
+    "in {month} {name} sold {n} boxes of {item} .",
+    "a {colour} {shape} is printed on the {item} box .",
+    "{name} lives in {city} and works at the {sign} .",
+    "the {item} is {adj} but the {item2} is not .",
+    "every {month} the {sign} opens at {h} and closes late .",
+    "{name} and {name2} walk to the {sign} .",
+    "please write the {field} on the form .",
+    "the price of {item} rose to {h}.{n} in {month} ."]
 
 
-def plain_text(rng, sentences=6):
+def plain_text(rng):
     def one(words):                                       # rng.choice(words), but faster
         return words[rng.integers(len(words))]
     lines = []
-    for template in rng.choice(SENTENCES, sentences):
+    for template in rng.choice(SENTENCES, 6):
         lines.append(str(template).format(
             name=one(NAMES), name2=one(NAMES), item=one(ITEMS), item2=one(ITEMS), city=one(CITIES),
             sign=one(SIGNS), street=one(STREETS), month=one(MONTHS), colour=one(list(COLOURS)),
-            shape=one(SHAPES), field=one(FIELDS), adj=one("fresh cold old cheap good small".split()),
-            n=number(rng, 2), h=int(rng.integers(1, 10))))
+            shape=one(SHAPES), field=one(FIELDS), adj=one(ADJECTIVES), n=number(rng, 2),
+            h=int(rng.integers(1, 10))))
     return " ".join(lines).replace(" .", ".")
 
 
@@ -363,7 +373,7 @@ def plain_text(rng, sentences=6):
 
 
 def near_miss(rng, answer):
-    """A wrong answer as a poor reader gives it: one word of a closed set or one character changed."""
+    """A wrong answer as a poor reader gives it: a word of a closed set or a character changed."""
     for words in (SHAPES, list(COLOURS), ["left", "right"], ["top", "bottom"]):
         if answer in words:
             return str(rng.choice([w for w in words if w != answer]))
@@ -375,21 +385,20 @@ def near_miss(rng, answer):
 class World:
     """A sequence of data.Sample, each a pure function of (split, seed, index).
 
-    Args: split "train" or "eval"; seed; suite "reading", "reasoning", "regimes", one family's name, or
-    None for the training mixture; cells (rows, columns) of a page, 100 visual tokens by default;
+    Args: split "train" or "eval"; seed; suite "reading", "reasoning", "regimes", one family's name,
+    or None for the training mixture; cells (rows, columns) of a page, 100 visual tokens by default;
     questions per page at most; pairs=True adds chosen and rejected answers (DPO); length of the
     sequence. Raises ValueError on an unknown split or suite."""
 
     def __init__(self, split, seed=0, suite=None, cells=(10, 10), questions=3, pairs=False,
                  length=1_000_000):
-        suites = SUITES | REGIMES
-        families = [f for s in suites.values() for f in s] + ["text"]
+        suites, families = [*SUITES, *REGIMES], [*DRAW, "text"]
         if split not in ("train", "eval") or suite not in (None, *suites, *families):
-            raise ValueError(f"no split {split!r} or suite {suite!r}; splits are train and eval, suites "
-                             f"are {', '.join(suites)} or one of {', '.join(families)}")
+            raise ValueError(f"no split {split!r} or suite {suite!r}; splits are train and eval, "
+                             f"suites are {', '.join(suites)} or one of {', '.join(families)}")
         if cells[0] < 3 or cells[1] < 7:
-            raise ValueError(f"a page of {cells[0]} x {cells[1]} cells is too small for a form; 3 x 7 is "
-                             "the least")
+            raise ValueError(f"a page of {cells[0]} x {cells[1]} cells is too small for a form; "
+                             "3 x 7 is the least")
         self.split, self.seed, self.suite, self.cells = split, seed, suite, cells
         self.questions, self.pairs, self.length = questions, pairs, length
 
@@ -407,10 +416,7 @@ class World:
         return families[index % len(families)]
 
     def page(self, rng, family):
-        if family in DRAW:
-            page = DRAW[family](rng, self.cells, self.split)
-        else:
-            page = asked_scene(rng, self.cells, self.split, ASK[family])
+        page = DRAW[family](rng, self.cells, self.split)
         chosen = rng.permutation(len(page.questions))[:self.questions]
         page.questions = [page.questions[i] for i in chosen]
         return page
@@ -418,8 +424,9 @@ class World:
     def __getitem__(self, index):
         if not 0 <= index < self.length:
             raise IndexError(index)
-        return drawn(self, index)
+        return self.sample(index)
 
+    @lru_cache(maxsize=256)             # a plan measures a sample shortly before it is loaded
     def sample(self, index):
         rng = self.rng(index)
         family, name = self.family(rng, index), f"{self.split}-{self.seed}-{index}"
@@ -439,17 +446,11 @@ class World:
         return sample
 
 
-@lru_cache(maxsize=256)                         # a plan measures a sample shortly before it is loaded
-def drawn(world, index):
-    return world.sample(index)
-
-
-def contact_sheet(path, seed=0):
-    families = [f for s in (SUITES | REGIMES).values() for f in s]
-    sheet = Image.new("RGB", (len(families) * 168 + 8, 3 * 198 + 8), "white")
-    for i, family in enumerate(families):
+def contact_sheet(path):
+    sheet = Image.new("RGB", (len(DRAW) * 168 + 8, 3 * 198 + 8), "white")
+    for i, family in enumerate(DRAW):
         for j in range(3):
-            sample = World("train", seed, family)[j]
+            sample = World("train", 0, family)[j]
             sheet.paste(sample.images[0], (8 + 168 * i, 8 + 198 * j))
             question, answer = (m["content"][-1]["text"] for m in sample.messages[:2])
             ImageDraw.Draw(sheet).text((8 + 168 * i, 170 + 198 * j), f"{question}\n{answer}",

@@ -3,7 +3,7 @@
     python -m paper.bench contexts                  # by context: first token, decode step, memory
     python -m paper.bench contexts --model 8b --transformers                        # on a GPU
     python -m paper.bench train                     # a training step of c1 to c5, by stage
-    python -m paper.bench train --model 8b --recompute
+    python -m paper.bench train --model 8b --rows 4 --recompute
     python -m paper.bench against                   # the same work by transformers
     python -m paper.bench scan --ssd-minimal FILE   # mamba2.ssd, and other scans
 
@@ -14,13 +14,14 @@ and device.
     contenders  on a CPU a process each, which take turns, so that a busy machine is unfair to none;
                 on a GPU one after the other, as two large models do not fit. What one cannot do is
                 said in a sentence, and the rest goes on
-    time        medians. With one CPU thread (OMP_NUM_THREADS, 1 unless set) processor time, which no
-                other work lengthens; else the wall clock, the GPU having finished
+    time        medians. With one CPU thread (OMP_NUM_THREADS, 1 unless set) processor time, which
+                no other work lengthens; else the wall clock, the GPU having finished
     peak        of one call. CPU: resident memory beyond that of the process before the model was
-                built (Linux only); GPU: max_memory_allocated. By context: weights, and what is added
-                to them after 64 tokens, as code loaded on first use would hide the embedded model's
-    states      real ones at batch 1 up to --prefill-upto positions. Else the recurrent state is that
-                of a short prompt (its size and cost never change), and keys and values are random
+                built (Linux only); GPU: max_memory_allocated. By context: weights, and what is
+                added to them after 64 tokens, as code loaded on first use would hide the embedded
+                model's
+    states      real ones at batch 1 up to --prefill-upto positions. Else the recurrent state is
+                that of a short prompt (its size and cost never change), and keys and values random
     floor       the least time, at the rates of a large copy and a large matrix product, measured
                 first. Decode step: decoder weights, cache and states are read once. Prefill: its
                 products
@@ -29,6 +30,7 @@ import argparse
 import gc
 import importlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -101,7 +103,7 @@ def perform(opt, task, *values):
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
-            Path("/proc/self/clear_refs").write_text("5")                         # VmHWM starts anew
+            Path("/proc/self/clear_refs").write_text("5")                # VmHWM starts anew
         start = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
         begin = now(opt.device)
         answer = task(opt, *values) if task is make else getattr(HERE["contender"], task)(*values)
@@ -125,10 +127,9 @@ def free(opt):
 def measure(opt, contenders, calls):
     """contenders {name: (class, *arguments)}; calls [(place, task, *values)], for each of them.
 
-    -> {name: {(place, task): [Took of each call]}}. After an error a contender skips the rest of that
-    place, a string or a tuple."""
-    results, lost = {name: {} for name in contenders}, set()
-    together = opt.device == "cpu"
+    -> {place: {name: {task: [Took of each call]}}}. After an error a contender skips the rest of
+    that place, a string or a tuple."""
+    results, lost, together = {}, set(), opt.device == "cpu"
     for group in [list(contenders)] if together else [[name] for name in contenders]:
         pools = {n: ProcessPoolExecutor(1, get_context("spawn")) for n in group if together}
         for place, task, *values in [("make", make), *calls]:
@@ -141,7 +142,8 @@ def measure(opt, contenders, calls):
                 except BrokenProcessPool:
                     took = "its process died; was there too little memory?"
                 if isinstance(took, Took):
-                    results[name].setdefault((place, task), []).append(took)
+                    rounds = results.setdefault(place, {}).setdefault(name, {})
+                    rounds.setdefault(task, []).append(took)
                 else:
                     lost.add((name, place))
                     print(f"{name}, {place}: {took}", flush=True)
@@ -149,6 +151,7 @@ def measure(opt, contenders, calls):
             pool.shutdown()
         HERE["contender"] = None
         free(opt)
+    results.pop("make", None)
     return results
 
 
@@ -157,7 +160,8 @@ def median(rounds):
 
 
 def device_rates(opt):
-    """-> what a large copy (reads and writes) and a large product reach: bytes and operations a second."""
+    """-> what a large copy (reads and writes) and a large product reach, a second: bytes and
+    operations."""
     n, size = (8192, 2 ** 31) if opt.device == "cuda" else (1024, 2 ** 28)
     a = torch.randn(n, n, device=opt.device).to(getattr(torch, opt.dtype))
     source, target = (torch.zeros(size, dtype=torch.uint8, device=opt.device) for _ in range(2))
@@ -176,6 +180,12 @@ def device_rates(opt):
     return rates
 
 
+def say(label, row):
+    """A row of figures: seconds, bytes, and numbers without a unit."""
+    shown = (f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, (int, float)))
+    print(f"{label}:", ", ".join(shown), flush=True)
+
+
 # ---- By context (Table 7's right half, Fig. 5) ----
 
 
@@ -185,16 +195,18 @@ def contexts(opt):
     if opt.transformers:
         contenders["transformers"] = (TransformersReader,)
     places = [(T, at) for T in opt.contexts for at in ("batch 1", "equal memory")]
-    line("context", "rows", "first s", "floor", "step ms", "floor", "tokens/s", "peak GB", "cache GB")
+    # New processes for each place on a CPU, whose allocator keeps what was freed.
     for group in [[place] for place in places] if opt.device == "cpu" else [places]:
-        results = measure(opt, contenders, [c for place in group for c in reading(opt, *place)])
+        found = measure(opt, contenders, [c for place in group for c in reading(opt, *place)])
         for T, at in group:
             rows = table[T][at] = {}
-            for name, r in results.items():
-                took = {task: rounds for (place, task), rounds in r.items() if place == (T, at)}
+            for name, took in found.get((T, at), {}).items():
                 if "step" in took:
                     rows[name] = figures(opt, took, rates, rows.get("teacher"))
-            show_context(T, at, rows)
+            if {"teacher", "hybrid"} <= rows.keys():
+                rows["ratios"] = compared(rows["teacher"], rows["hybrid"])
+            for name, row in rows.items():
+                say(f"{T}, {at}, {name}", row)
     draw_contexts(opt, table)
     return dict(rates=rates, contexts=table)
 
@@ -219,7 +231,7 @@ def figures(opt, took, rates, teacher):
     and floors of transformers' model too."""
     _, *prefills = took["prefill"]
     base = (prefills or took["begin"])[0].start           # weights, code, scratch
-    known = {k: teacher[k] for k in ("weights", "reads", "flops", "counted")} if teacher else {}
+    known = {k: teacher[k] for k in ("weights", "reads", "flops")} if teacher else {}
     r = known | took["begin"][0].answer
     seconds = median(took["step"][2:])                    # the first may enlarge the cache
     r.update(step=seconds, step_floor=r["reads"] / rates["bandwidth"],
@@ -232,59 +244,90 @@ def figures(opt, took, rates, teacher):
 
 
 def compared(teacher, hybrid):
-    """Table 7's columns: the hybrid's over the teacher's, of first_token the reverse. ceiling is what
-    tokens_s would be if both were at their floors."""
-    keys = [k for k in ("tokens_s", "held", "peak", "prefill_peak") if k in teacher and k in hybrid]
+    """Table 7's columns: the hybrid's over the teacher's, of first_token the reverse. ceiling is
+    what tokens_s would be if both were at their floors."""
+    keys = ["tokens_s", "held", "peak"] + ["prefill_peak"] * ("prefill_peak" in teacher)
     r = {k: hybrid[k] / teacher[k] for k in keys}
-    if "first_token" in teacher and "first_token" in hybrid:
+    if "first_token" in teacher:
         r["first_token"] = teacher["first_token"] / hybrid["first_token"]
     floors = teacher["step_floor"] / hybrid["step_floor"]
     return r | dict(ceiling=floors * hybrid["batch"] / teacher["batch"])
 
 
-def show_context(T, at, rows):
-    for name, r in rows.items():
-        line(f"{T:7} {at:13} {name}", r["batch"], r.get("first_token"), r.get("first_token_floor"),
-             1e3 * r["step"], 1e3 * r["step_floor"], r["tokens_s"], r["peak"] / GB, r["held"] / GB)
-    if "teacher" in rows and "hybrid" in rows:
-        rows["ratios"] = compared(rows["teacher"], rows["hybrid"])
-        ratios = ", ".join(f"{k} {v:.3f}" for k, v in rows["ratios"].items())
-        print(f"hybrid over teacher: {ratios}", flush=True)
+INKS = {"teacher": ("#606876", "s"), "hybrid": ("#d05c24", "o"), "transformers": ("#2f6fb2", "^")}
+
+
+def draw_contexts(opt, table):
+    """bench-contexts-MODEL.png: Fig. 5, floors dotted, and the paper's speed-up beside ours."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    panels = {"first_token": ("time to first token, and its floor (dotted)", "s"),
+              "step": ("decode step at batch 1, and its floor (dotted)", "s"),
+              "peak": ("peak memory of decoding at batch 1", "B")}
+    for ax, (key, (title, unit)) in zip(axes.flat, panels.items()):
+        for name, (ink, marker) in INKS.items():
+            rows = [at["batch 1"].get(name, {}) for at in table.values()]
+            ys, floors = ([r.get(k, math.nan) for r in rows] for k in (key, key + "_floor"))
+            if any(rows):
+                ax.plot(table.keys(), ys, color=ink, marker=marker, label=name)
+                ax.plot(table.keys(), floors, color=ink, ls=":")
+        ax.set(yscale="log")
+        ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 4, 6, 8)),
+                     major_formatter=EngFormatter(unit), minor_formatter=NullFormatter())
+        ax.set_title(title, loc="left")
+    last = axes.flat[3]
+    for at, style in (("batch 1", "o-"), ("equal memory", "D--")):
+        ratios = [row[at].get("ratios", {}).get("tokens_s", math.nan) for row in table.values()]
+        last.plot(table.keys(), ratios, style, color=INKS["hybrid"][0], label=at)
+    last.plot(*zip(*SPEEDUP.items()), "kx", label="the paper (vLLM, H100)")
+    last.set_title("tokens/s, hybrid over teacher", loc="left")
+    last.set_ylim(bottom=0)
+    for ax in axes.flat:
+        ticks = sorted({*table, *(SPEEDUP if ax is last else ())})
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(ticks, [f"{T // 1024}k" if T >= 1024 else T for T in ticks])
+        ax.set_xlabel("context, tokens")
+        ax.grid(alpha=0.3)
+        ax.legend(frameon=False)
+    path = Path(opt.out) / f"bench-contexts-{Path(opt.model).name}.png"
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    print(path)
 
 
 # ---- Training (Table 7's left half) ----
 
 
 def train(opt):
-    """A micro-batch and an update, by condition and stage. Stage 3 is the same for all conditions."""
+    """A micro-batch and an update, by condition and stage; Stage 3 is the same for all."""
     rates, stages, table = device_rates(opt), {}, {}
     places = [(c, n) for n in SHARES for c in HOURS if (n < 3) == (c != "c1")]
     calls = [(place, "counts", *place) for place in places]
     for _ in range(opt.repeats + 1):                      # conditions take turns
         for place in places:
             calls += [(place, "micro", *place), (place, "update")]
-    took = measure(opt, {"train": (Trainer, *HOURS)}, calls)["train"]
-    line("condition and stage", "s", "update s", "tokens/s", "GFLOP/token", "% of rate", "peak GB")
-    for c, n in places:
-        if len(took.get(((c, n), "update"), ())) > opt.repeats:
-            r = stages[c, n] = stage_figures(opt, rates, *(
-                took[(c, n), task] for task in ("counts", "micro", "update")))
-            line(f"{c if n < 3 else 'all'} {n}", r["seconds"], r["update"], r["tokens_s"],
-                 r["flops"] / 1e9, 100 * r["share"], r["peak"] / GB)
-    cuda = opt.device == "cuda"
-    line("all stages, 10/30/60", "s/k tokens", "over c1", "paper", *["GPU hours", "paper"] * cuda)
+    for (c, n), took in measure(opt, {"train": (Trainer, *HOURS)}, calls).items():
+        if len(took["train"].get("update", ())) > opt.repeats:
+            stages[c, n] = stage_figures(opt, rates, **took["train"])
+            say(f"{c if n < 3 else 'all'}, stage {n}", stages[c, n])
     for c in HOURS:
         mine = {n: stages[p] for n in SHARES if (p := ("c1" if n == 3 else c, n)) in stages}
         if len(mine) == (1 if c == "c1" else 3):
             each = weighted({n: 1 / r["tokens_s"] for n, r in mine.items()})
             over = each / table["c1"]["seconds_token"] if table else 1.0
-            table[c] = dict(stages=mine, seconds_token=each, over_c1=over, hours=2e9 * each / 3600)
-            line(c, 1e3 * each, over, HOURS[c] / HOURS["c1"], *[table[c]["hours"], HOURS[c]] * cuda)
-    return dict(rates=rates, conditions=table, stages={f"{c} {n}": r for (c, n), r in stages.items()})
+            table[c] = dict(stages=mine, seconds_token=each, hours=2e9 * each / 3600,
+                            paper_hours=HOURS[c], over_c1=over,
+                            paper_over_c1=HOURS[c] / HOURS["c1"])
+            say(f"{c}, all stages 10/30/60", table[c])
+    stages = {f"{c} {n}": r for (c, n), r in stages.items()}
+    return dict(rates=rates, conditions=table, stages=stages)
 
 
 def stage_figures(opt, rates, counts, micro, update):
-    """In a run of real data a step has many micro-batches and one update, which its tokens share."""
+    """In a run of real data a step has many micro-batches, whose tokens share one update."""
     (tokens, flops), (_, *micro), (_, *update) = counts[0].answer, micro, update
     seconds, final = median(micro), median(update)
     each = seconds / tokens + final / (DEFAULTS["batch_tokens"][1] if opt.rows else tokens)
@@ -302,132 +345,64 @@ def weighted(costs):
 
 
 def against(opt):
-    """How far answers and losses differ is printed, for unless they agree nothing is compared."""
+    """slower: their time over ours; memory: ours over theirs. difference: of the first answers or
+    losses, relative to ours, for unless they agree nothing is compared."""
     opt.libraries = [f"transformers.models.{m}.modeling_{m}" for m in ("qwen3_vl", "mamba2")]
     readers = {"ours": (Reader, "teacher"), "transformers": (TransformersReader,)}
     trainers = {"ours": (Trainer, "c3"), "transformers": (TransformersTrainer, True),
                 "their model, our scan": (TransformersTrainer, False)}
     again = range(opt.repeats + 1)
-    calls = [("prefill", "prefill", opt.text, opt.visual) for _ in again]
-    calls += [("step", "begin", 0, False)] + [("step", "step") for _ in range(opt.steps)]
-    calls += [("generate", "generate") for _ in again]
+    asks = [("generate", "generate") for _ in again]
     learns = [(f"stage {n}", "train", n) for n in SHARES for _ in again]
     table = {}
-    line("task", "ms", "x ours", "peak GB", "ours / it", "difference")
-    for results in (measure(opt, readers, calls), measure(opt, trainers, learns)):
-        for place, task in dict.fromkeys(key for r in results.values() for key in r):
-            if task not in (make, "begin"):
-                took = {name: r[place, task] for name, r in results.items() if (place, task) in r}
-                table[place] = {name: dict(
-                    seconds=median(rounds[1:] or rounds), peak=max(t.peak for t in rounds),
-                    difference=difference(took.get("ours"), rounds)) for name, rounds in took.items()}
-                show_against(place, table[place])
+    for place, took in (measure(opt, readers, asks) | measure(opt, trainers, learns)).items():
+        table[place] = {}
+        for name, tasks in took.items():
+            (rounds,), (first,) = tasks.values(), took.get("ours", tasks).values()
+            a, b = first[0].answer, rounds[0].answer
+            table[place][name] = dict(
+                seconds=median(rounds[1:] or rounds), peak=max(t.peak for t in rounds),
+                difference=float(abs(b - a).max() / abs(a).max()))
     stages = [table.get(f"stage {n}", {}) for n in SHARES]
     table["10/30/60"] = {name: dict(
         seconds=weighted({n: rows[name]["seconds"] for n, rows in zip(SHARES, stages)}),
         peak=max(rows[name]["peak"] for rows in stages))
         for name in trainers if all(name in rows for rows in stages)}
-    show_against("10/30/60", table["10/30/60"])
+    for place, rows in table.items():
+        for name, row in rows.items():
+            ours = rows.get("ours", row)
+            row.update(slower=row["seconds"] / ours["seconds"], memory=ours["peak"] / row["peak"])
+            say(f"{place}, {name}", row)
     return table
-
-
-def difference(ours, theirs):
-    """The largest between the first answers, relative to ours."""
-    if not ours:
-        return None
-    a, b = ours[0].answer, theirs[0].answer
-    return float(abs(b - a).max() / abs(a).max())
-
-
-def show_against(place, rows):
-    for name, r in rows.items():
-        first = rows.get("ours", r)
-        line(f"{place:10}{name}", 1e3 * r["seconds"], r["seconds"] / first["seconds"],
-             r["peak"] / GB, first["peak"] / r["peak"], r.get("difference"))
 
 
 # ---- The scan ----
 
 
 def scan(opt):
-    """Forward, and forward with backward: time, memory that is added to the inputs, and errors."""
-    have = dict(ours=True, ssd_minimal=opt.ssd_minimal,
-                transformers=importlib.util.find_spec("transformers"),
-                Triton=kernel("mamba_ssm.ops.triton.ssd_combined", torch.empty(0, device=opt.device)))
+    """Forward, and forward with backward: time, and memory that is added to the inputs."""
+    triton = kernel("mamba_ssm.ops.triton.ssd_combined", torch.empty(0, device=opt.device))
+    have = dict(ours=True, ssd_minimal=opt.ssd_minimal, Triton=triton,
+                transformers=importlib.util.find_spec("transformers"))
     contenders = {" ".join([row, *[str(chunk)] * bool(chunk)]): (Scanner, row, chunk)
                   for row, (_, chunks) in SCANS.items() if have[row] for chunk in chunks}
-    calls = [(t, t) for t in (opt.repeats + 1) * ["forward", "both"] + ["errors"]]
+    calls = [("scan", task) for task in (opt.repeats + 1) * ["forward", "both"]]
     table = {}
-    line("scan, and its chunk", "fwd ms", "+ bwd ms", "x ours", "added MB", "x ours", "error y", "of grads")
-    for name, took in measure(opt, contenders, calls).items():
-        took = {task: rounds for (_, task), rounds in took.items()}
-        if min(len(took.get("forward", ())), len(took.get("both", ()))) < 2:
+    for name, took in measure(opt, contenders, calls).get("scan", {}).items():
+        if len(took.get("both", ())) <= opt.repeats:
             continue
         # A CPU's allocator keeps what was freed, so there only the first run shows what it takes.
         rounds = took["forward"] + took["both"] if opt.device == "cpu" else took["both"][1:]
-        r = dict(forward=median(took["forward"][1:]), both=median(took["both"][1:]),
-                 added=max(t.peak for t in rounds) - min(t.start for t in rounds),
-                 errors=took["errors"][0].answer if "errors" in took else (None, None))
-        table[name], first = r, table.get("ours", r)
-        line(name, 1e3 * r["forward"], 1e3 * r["both"], r["both"] / first["both"],
-             r["added"] / 1e6, r["added"] / max(1, first["added"]), *r["errors"])
+        table[name] = dict(forward=median(took["forward"][1:]), both=median(took["both"][1:]),
+                           added=max(t.peak for t in rounds) - min(t.start for t in rounds))
+        ours = table.get("ours", table[name])
+        table[name] |= {f"{key}_over_ours": table[name][key] / max(1e-9, ours[key])
+                        for key in ("both", "added")}
+        say(name, table[name])
     return table
 
 
-# ---- Tables, pictures, records, and the command line ----
-
-
-def line(label, *cells):
-    """A line of a table, numbers to three digits at least."""
-    def show(c):
-        if isinstance(c, float):
-            return f"{c:.3g}" if c < 100 else f"{c:,.0f}"
-        return "-" if c is None else str(c)
-    print(f"{label:32}" + "".join(f"{show(c):>12}" for c in cells), flush=True)
-
-
-INKS = {"teacher": ("#606876", "s"), "hybrid": ("#d05c24", "o"), "transformers": ("#2f6fb2", "^")}
-
-
-def draw_contexts(opt, table):
-    """bench-contexts-MODEL.png: Fig. 5, floors dotted, and the paper's speed-up beside ours."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    panels = {"first_token": ("time to first token", "s"), "step": ("decode step at batch 1", "s"),
-              "peak": ("peak memory of decoding at batch 1", "B")}
-    for ax, (key, (title, unit)) in zip(axes.flat, panels.items()):
-        for name, (ink, marker) in INKS.items():
-            rows = [(T, at["batch 1"].get(name, {})) for T, at in table.items()]
-            for what, style in ((key, dict(marker=marker, label=name)), (key + "_floor", dict(ls=":"))):
-                points = [(T, r[what]) for T, r in rows if what in r]
-                if points:
-                    ax.plot(*zip(*points), color=ink, **style)
-        ax.set(yscale="log")
-        ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 4, 6, 8)), major_formatter=EngFormatter(unit),
-                     minor_formatter=NullFormatter())
-        ax.set_title(title + (", and its floor (dotted)" if key != "peak" else ""), loc="left")
-    last = axes.flat[3]
-    for at, style in (("batch 1", "o-"), ("equal memory", "D--")):
-        points = [(T, t[at]["ratios"]["tokens_s"]) for T, t in table.items() if "ratios" in t[at]]
-        if points:
-            last.plot(*zip(*points), style, color=INKS["hybrid"][0], label=at)
-    last.plot(*zip(*SPEEDUP.items()), "kx", label="the paper (vLLM, H100)")
-    last.set_title("tokens/s, hybrid over teacher", loc="left")
-    last.set_ylim(bottom=0)
-    for ax in axes.flat:
-        ticks = sorted({*table, *(SPEEDUP if ax is last else ())})
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(ticks, [f"{T // 1024}k" if T >= 1024 else T for T in ticks])
-        ax.set_xlabel("context, tokens")
-        ax.grid(alpha=0.3)
-        ax.legend(frameon=False)
-    path = Path(opt.out) / f"bench-contexts-{Path(opt.model).name}.png"
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    print(path)
+# ---- Records, and the command line ----
 
 
 def device_name(opt):
@@ -439,14 +414,16 @@ def device_name(opt):
 
 
 def record(opt, result):
-    """Keeps the result in bench.json under command, model and device; prints it as the last line."""
-    path, model = Path(opt.out) / "bench.json", Path(opt.model).name
-    device = ", ".join(filter(None, [device_name(opt), opt.dtype, opt.label]))
+    """Keeps the result in bench.json under command, model and device; prints it as the last
+    line."""
+    path, device = Path(opt.out) / "bench.json", f"{device_name(opt)}, {opt.dtype}"
+    model = Path(opt.model).name if opt.command != "scan" else f"T {opt.T}"
     packages = ("torch", "transformers", "mamba-ssm", "triton")
     new = dict(date=date.today().isoformat(), threads=torch.get_num_threads(),
                versions={d.name: d.version for d in distributions() if d.name in packages},
                switches={k: v for k, v in os.environ.items() if k.startswith("HEED_")},
-               asked={k: v for k, v in vars(opt).items() if k in FLAGS and k != "out"}, result=result)
+               asked={k: getattr(opt, k) for k, (of, *_) in FLAGS.items() if opt.command in of},
+               result=result)
     kept = json.loads(path.read_text()) if path.exists() else {}
     kept.setdefault(opt.command, {}).setdefault(model, {})[device] = new
     path.write_text(json.dumps(kept, indent=1) + "\n")
@@ -454,34 +431,26 @@ def record(opt, result):
 
 
 COMMANDS = dict(contexts=contexts, train=train, against=against, scan=scan)
-FLAGS = {                 # flag: (commands, default, what it is); a type: `parse` chooses the default
+EVERY = "contexts train against scan"
+FLAGS = {                 # flag: (commands, default, what it is)
     "model": ("contexts train against", "tiny", "a checkpoint or config.json's folder, or a shape"),
     "contexts": ("contexts", [4096, 32768, 131072], "positions before the first decode step"),
     "prefill_upto": ("contexts", 32768, "contexts up to this one are read in full"),
-    "budget": ("contexts", float, "GB for all at equal memory [the GPU's memory; CPU: 4]"),
+    "budget": ("contexts", 0.0, "GB for all at equal memory; 0: the GPU's memory, on a CPU 4"),
     "transformers": ("contexts", False, "transformers' model as a third contender"),
-    "mixer": ("contexts", "mamba2", "of the hybrid: mamba2, gdn or FILE.py:CLASS"),
-    "chunk": ("contexts against", int, "positions a prefill takes at once [all; contexts on a CPU: 512]"),
-    "eager": ("contexts against", False, "decode without CUDA graphs"),
-    "steps": ("contexts against", 16, "decode steps"),
-    "rows": ("train", int, "of a random micro-batch [4; tiny, wide: 0, a batch of the embedded world]"),
-    "text": ("train against", 1022, "text tokens of a row, or of the prompt"),
-    "visual": ("train against", 1024, "visual tokens of a row, or of the prompt"),
-    "tokens": ("train against", int, "of the embedded world's batch [2000; tiny, wide: 5000]"),
-    "recompute": ("train against", False, "as in distill.py: less memory, more time"),
-    "questions": ("against", 16, "pages answered at once"),
-    "new": ("against", 32, "tokens of each answer"),
-    "T": ("scan", int, "positions [16384; GPU: 8192]"),
-    "H": ("scan", int, "heads [8; GPU: 32]"),
-    "G": ("scan", 8, "groups"),
-    "P": ("scan", int, "head and state dim [64; GPU: 128]"),
-    "batch": ("scan", 1, "rows"),
+    "chunk": ("contexts", 0, "positions a prefill takes at once; 0: all, on a CPU 512"),
+    "steps": ("contexts", 16, "decode steps"),
+    "rows": ("train", 0, "of a random micro-batch; 0: a batch of the embedded world"),
+    "text": ("train", 1022, "text tokens of a random row"),
+    "visual": ("train", 1024, "visual tokens of a random row"),
+    "tokens": ("train against", 5000, "of the embedded world's batch"),
+    "recompute": ("train", False, "as in distill.py: less memory, more time"),
+    "T": ("scan", 16384, "positions"),
     "ssd_minimal": ("scan", "", "where ssd_minimal.py is"),
-    "repeats": ("contexts train against scan", int, "rounds [2; contexts on a CPU: 1]"),
-    "device": ("contexts train against scan", "", "cuda or cpu [cuda where there is one]"),
-    "dtype": ("contexts train against scan", "", "of weights and activations [float32; GPU: bfloat16]"),
-    "label": ("contexts train against scan", "", "added to the device's name, to keep runs apart"),
-    "out": ("contexts train against scan", str(ROOT / "paper/results"), "folder of bench.json"),
+    "repeats": (EVERY, 2, "rounds"),
+    "device": (EVERY, "", "cuda or cpu; default: cuda where there is one"),
+    "dtype": (EVERY, "", "of weights and activations; default: float32, on a GPU bfloat16"),
+    "out": (EVERY, str(ROOT / "paper/results"), "folder of bench.json"),
 }
 
 
@@ -490,40 +459,26 @@ def parse(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for command in COMMANDS:
-        one = commands.add_parser(command)
+        one = commands.add_parser(command, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         for name, (of, default, why) in FLAGS.items():
-            flag = "--" + name.replace("_", "-")
-            if command not in of.split():
-                continue
-            if default is False:
+            flag, many = "--" + name.replace("_", "-"), isinstance(default, list)
+            if command in of and default is False:
                 one.add_argument(flag, help=why, action="store_true")
-            elif isinstance(default, type):
-                one.add_argument(flag, help=why, type=default)
-            elif isinstance(default, list):
-                one.add_argument(flag, help=why, type=int, nargs="+", default=default)
-            else:
-                one.add_argument(flag, help=why, type=type(default), default=default)
-    opt = parser.parse_args(argv)
-    if getattr(opt, "ssd_minimal", "") and not Path(opt.ssd_minimal).is_file():
+            elif command in of:
+                one.add_argument(flag, help=why, default=default, nargs="+" if many else None,
+                                 type=int if many else type(default))
+    others = {name: default for name, (_, default, _) in FLAGS.items()}
+    opt = parser.parse_args(argv, argparse.Namespace(**others))
+    if opt.ssd_minimal and not Path(opt.ssd_minimal).is_file():
         parser.error(f"--ssd-minimal {opt.ssd_minimal}: there is no such file")
     try:
         opt.device = device_of(opt.device).type
     except ValueError as error:
         parser.error(str(error))
     opt.dtype = str(dtype_of(opt.dtype, opt.device)).removeprefix("torch.")
-    opt.model = getattr(opt, "model", "scan")
-    cuda, small = opt.device == "cuda", opt.model in ("tiny", "wide")
-    chosen = dict(chunk=512 if opt.command == "contexts" and not cuda else 0, rows=0 if small else 4,
-                  tokens=5000 if small else 2000, T=8192 if cuda else 16384, H=32 if cuda else 8,
-                  P=128 if cuda else 64, budget=4.0,
-                  repeats=1 if opt.command == "contexts" and not cuda else 2)
-    if cuda:
-        chosen["budget"] = torch.cuda.get_device_properties(0).total_memory / GB
-    if opt.command == "against":                          # trains on the embedded world
-        opt.rows = 0
-    for name, value in chosen.items():
-        if getattr(opt, name, 0) is None:
-            setattr(opt, name, value)
+    cuda = opt.device == "cuda"
+    memory = torch.cuda.get_device_properties(0).total_memory / GB if cuda else 4.0
+    opt.budget, opt.chunk = opt.budget or memory, opt.chunk or (0 if cuda else 512)
     return opt
 
 
@@ -535,7 +490,7 @@ def main(argv):
     Path(opt.out).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            opt.folder = folder_of(opt.model, scratch) if opt.command != "scan" else ""
+            opt.folder = folder_of(opt.model, scratch)
         except (OSError, ValueError) as error:
             sys.exit(f"--model {opt.model}: {error}")
         record(opt, COMMANDS[opt.command](opt))

@@ -3,9 +3,10 @@ must hold, read and compute at the least, whoever does it. A contender's methods
 
     Reader, TransformersReader      prompts, decode steps, answers
     Trainer, TransformersTrainer    a distillation step; theirs is the obvious way
-    Scanner                         mamba2.ssd; state-spaces' ssd_minimal_discrete (mamba_ssm/modules/
-                                    ssd_minimal.py of github.com/state-spaces/mamba, read from where
-                                    you keep it) and Triton kernels; transformers' stand-in for these
+    Scanner                         mamba2.ssd; state-spaces' ssd_minimal_discrete (mamba_ssm/
+                                    modules/ssd_minimal.py of github.com/state-spaces/mamba, read
+                                    from where you keep it) and Triton kernels; transformers'
+                                    stand-in for these
 
 Letters: B batch, T positions, D model width, H heads, G key/value groups, P head dim, V vocabulary.
 """
@@ -34,6 +35,7 @@ from synthdoc import World
 ROOT, GB = Path(__file__).parents[1], 2 ** 30
 PROGRESS = {1: 0.05, 2: 0.2, 3: 0.7}      # shares of the budget in the midst of each stage
 ROOM, TOKEN = 256, 20     # positions that a random cache leaves for decoding, and what comes there
+QUESTIONS, ANSWER = 16, 32                                # pages answered at once, tokens of each
 SHAPES = {                # what differs from the embedded teacher: text, vision, tied embeddings
     "wide": (dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=16, head_dim=64,
                   num_attention_heads=8, num_key_value_heads=2, mrope_section=[12, 10, 10]),
@@ -90,7 +92,8 @@ def as_transformers(model, own=False):
     """transformers' model on the same tensors, or with own=True on copies."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration as Theirs
     config, device = model.config.to_json(), model.lm_head.weight.device
-    config = Qwen3VLConfig(**{k: config[k] for k in config.keys() - {"architectures", "model_type"}})
+    config = Qwen3VLConfig(**{k: v for k, v in config.items()
+                              if k not in ("architectures", "model_type")})
     with torch.device("meta"):
         theirs = Theirs._from_config(config, attn_implementation="sdpa")
     state = {k: v.clone() if own else v for k, v in model.state_dict().items()}
@@ -111,22 +114,20 @@ def random_ids(config, rows, T):
 
 
 def random_batch(config, rows, text, visual):
-    """Batch of equal rows: an image of about `visual` tokens (0: none), then `text` supervised ones."""
+    """Batch of equal rows: an image of about `visual` tokens, then `text` supervised ones."""
     torch.manual_seed(0)                                  # the same for all contenders
     v, side = config.vision, round(visual ** 0.5)         # of the square image, in visual tokens
-    seen = side ** 2 + 2 * (visual > 0)
+    seen = side ** 2 + 2
     ids = random_ids(config, rows, seen + text)
-    labels = ids.clone()
-    labels[:, :seen] = IGNORED
-    names, mask = ["page"] * rows, torch.ones_like(ids, dtype=torch.bool)
-    if not visual:
-        return Batch(ids, mask, labels, None, None, names, names)
     ids[:, 0], ids[:, 1:seen - 1], ids[:, seen - 1] = \
         config.vision_start_token_id, config.image_token_id, config.vision_end_token_id
+    labels = ids.clone()
+    labels[:, :seen] = IGNORED
     side *= v.spatial_merge_size                          # in patches
     patch = v.in_channels * v.temporal_patch_size * v.patch_size ** 2
-    grids = torch.tensor([[1, side, side]] * rows)
-    return Batch(ids, mask, labels, torch.randn(rows * side ** 2, patch), grids, names, names)
+    pixels, grids = torch.randn(rows * side ** 2, patch), torch.tensor([[1, side, side]] * rows)
+    names = ["page"] * rows
+    return Batch(ids, torch.ones_like(ids, dtype=torch.bool), labels, pixels, grids, names, names)
 
 
 def world_batch(opt):
@@ -137,11 +138,9 @@ def world_batch(opt):
 
 
 def questions(opt):
-    """opt.questions evaluation pages of the embedded world, each with one: a left-padded batch."""
-    if opt.command != "against":
-        return None
+    """Evaluation pages of the embedded world, each with one: a left-padded batch."""
     world, processor = World("eval", 0, "reading"), Processor(opt.folder)
-    samples = [replace(world[i], messages=world[i].messages[:1]) for i in range(opt.questions)]
+    samples = [replace(world[i], messages=world[i].messages[:1]) for i in range(QUESTIONS)]
     encoded = [processor.encode(sample, add_generation_prompt=True) for sample in samples]
     return collate(encoded, processor.pad_id, side="left").to(opt.device)
 
@@ -149,22 +148,15 @@ def questions(opt):
 # ---- What must be held, read and computed ----
 
 
-def state_bytes(text, width):
-    """Of a Mamba-2 layer and row: the state (fp32) and the convolution's last inputs.
-    width: bytes of a number."""
-    H, G, P = text.num_attention_heads, text.num_key_value_heads, text.head_dim
-    return H * P * P * 4 + 3 * (2 * G + H) * P * width
-
-
-def cache_bytes(text, mixers, T, width, rows=1):
-    """What decoding carries along after T positions, where `mixers` of the layers have Mamba-2."""
-    attention = 2 * text.num_key_value_heads * T * text.head_dim * width              # keys, values
-    attention *= text.num_hidden_layers - mixers
-    return rows * (attention + mixers * state_bytes(text, width))
+def row_bytes(states, T):
+    """What decoding carries along for one row after T positions, by a prompt's states; after 0 what
+    does not grow."""
+    return sum(2 * T * s.k[0, :, :1].nbytes if isinstance(s, KVCache)
+               else sum(t[0].nbytes for t in s) for s in states)
 
 
 def held(states):
-    """What cache_bytes counts, on the tensors; room to spare in buffers does not count."""
+    """Bytes of states, without the room to spare in their buffers."""
     return sum((t[:, :, :s.length] if isinstance(s, KVCache) else t).numel() * t.element_size()
                for s in states for t in s if isinstance(t, torch.Tensor))
 
@@ -195,8 +187,6 @@ def forward_flops(layers, T):
 
 
 def tower_flops(tower, grids):
-    if grids is None:
-        return 0
     c, lengths = tower.config, [h * w for t, h, w in grids.tolist() for _ in range(t)]
     linear = sum(lengths) * matrices(tower.blocks)
     mergers = matrices(tower.merger, tower.deepstack_merger_list)
@@ -205,9 +195,9 @@ def tower_flops(tower, grids):
 
 
 def step_flops(o, batch, stage):
-    """Of a micro-batch of the Distillation `o`: for each weight and position two forward, two for the
-    gradient of what goes in, where that leads to a mixer, and two for the weight's own, where it
-    trains."""
+    """Of a micro-batch of the Distillation `o`: for each weight and position two forward, two for
+    the gradient of what goes in, where that leads to a mixer, and two for the weight's own, where
+    it trains."""
     (rows, T), c = batch.ids.shape, o.student.config.text
     teacher, student = list(o.teacher.layers), list(o.student.layers)
     mixed = [student[i] for i in o.replaced]
@@ -222,12 +212,13 @@ def step_flops(o, batch, stage):
     else:
         total += forward_flops(teacher[:max(o.replaced) + 1], T)
         total += forward_flops(mixed, T) + 2 * mixing_flops(mixed, T)
-        back = len(mixed) * c.num_attention_heads * c.head_dim * c.hidden_size                    # W_O
+        back = len(mixed) * c.num_attention_heads * c.head_dim * c.hidden_size           # W_O
         if o.cond.align == "residual":
             back += matrices(*(layer.mlp for layer in mixed))
         total += 2 * T * back
         if o.cond.weight == "fisher":                     # the teacher there and back
-            total += forward_flops(teacher, T) * (2 + o.teacher.recompute) + mixing_flops(teacher, T)
+            total += forward_flops(teacher, T) * (2 + o.teacher.recompute)
+            total += mixing_flops(teacher, T)
     return rows * total + tower_flops(o.teacher.visual, batch.grids)
 
 
@@ -250,51 +241,39 @@ def lengthen(states, T, rows, shared):
     return longer
 
 
-class Prompt:
-    """The last one drawn: only a first call spends time on that."""
-    key = batch = None
-
-    def __call__(self, opt, config, T, visual):
-        if self.key != (T, visual):
-            self.key, self.batch = (T, visual), random_batch(config, 1, T, visual).to(opt.device)
-        return self.batch
-
-
 class Reader:
     """The teacher, or the hybrid made from it."""
 
     def __init__(self, opt, name):
         self.opt, self.model = opt, build(opt)
         if name == "hybrid":
-            self.model = to_hybrid(self.model, opt.mixer)
+            self.model = to_hybrid(self.model)
         self.model.config.eos_token_id = []               # no answer ends early
-        self.graph = opt.device == "cuda" and not opt.eager
-        self.asked, self.prompt = questions(opt), Prompt()
+        self.graph, self.asked = opt.device == "cuda", None
 
     def rest(self):
         """Drops the last states, which must not count in what follows."""
         self.states = self.decode = self.model.replayed = None
 
-    def prefill(self, T, visual=0):
+    def prefill(self, T):
         self.rest()
-        b = self.prompt(self.opt, self.model.config, T, visual)
-        logits, self.states, self.position = self.model.prefill(
-            b.ids, None, b.pixels, b.grids, self.opt.chunk or None)
+        ids = random_ids(self.model.config, 1, T).to(self.opt.device)
+        logits, self.states, self.position = self.model.prefill(ids, chunk=self.opt.chunk or None)
         return logits[0]
 
     @torch.inference_mode()
     def begin(self, T, full):
-        """Readies decoding after T positions; 0: after those that prefill has read. full: of as many
-        rows as opt.budget holds, else of one."""
-        text, width = self.model.config.text, getattr(torch, self.opt.dtype).itemsize
-        mixers = len((self.model.config.hybrid or {}).get("layers", ()))
+        """Readies decoding after T positions; 0: after those that prefill has read. full: of as
+        many rows as opt.budget holds, else of one."""
+        text, rows = self.model.config.text, 1
         decoder = sum(p.nbytes for part in (self.model.layers, self.model.norm, self.model.lm_head)
                       for p in part.parameters())
         weights = sum(p.nbytes for p in self.model.parameters())
-        # Replayed steps keep recurrent states three times more.
-        row = cache_bytes(text, mixers, T + ROOM, width)
-        row += 3 * self.graph * mixers * state_bytes(text, width)
-        rows = largest_batch(self.opt.budget * GB, weights, row) if full else 1
+        if full:
+            self.prefill(16)
+            # Replayed steps keep recurrent states three times more.
+            row = row_bytes(self.states, T + ROOM) + 3 * self.graph * row_bytes(self.states, 0)
+            rows = largest_batch(self.opt.budget * GB, weights, row)
         if not rows:
             raise ValueError(f"{self.opt.budget:.3g} GB do not hold the weights and one row")
         while not self.lengthened(T, rows):               # what was counted leaves out scratch
@@ -302,7 +281,7 @@ class Reader:
         T = T or int(self.position[0])
         flops = forward_flops(self.model.layers, T) + 2 * text.hidden_size * text.vocab_size
         return dict(batch=rows, weights=weights, reads=decoder + self.held, held=self.held,
-                    counted=cache_bytes(text, mixers, T, width, rows), flops=flops)
+                    flops=flops)
 
     def lengthened(self, T, rows):
         """Whether there is memory for so many rows."""
@@ -331,29 +310,29 @@ class Reader:
         return self.decode(self.tokens)[0]
 
     def generate(self):
-        a, n = self.asked, self.opt.new
-        return torch.tensor(self.model.generate(a.ids, a.mask, a.pixels, a.grids, n, graph=self.graph))
+        self.asked = a = self.asked or questions(self.opt)
+        return torch.tensor(self.model.generate(a.ids, a.mask, a.pixels, a.grids, ANSWER,
+                                                graph=self.graph))
 
 
 class TransformersReader:
     """The teacher by transformers, a row at a time."""
 
-    def __init__(self, opt, name=None):
+    def __init__(self, opt):
         model = build(opt)
         self.opt, self.config, self.model = opt, model.config, as_transformers(model)
         self.model.generation_config.eos_token_id = None
-        self.asked, self.prompt = questions(opt), Prompt()
+        self.asked = None
 
     def rest(self):
         self.cache = None
 
     @torch.inference_mode()
-    def prefill(self, T, visual=0):
+    def prefill(self, T):
         self.rest()
-        b = self.prompt(self.opt, self.config, T, visual)
-        inputs = their_inputs(b, self.config) if visual else dict(input_ids=b.ids)
-        self.model.model.rope_deltas, self.position = None, None if visual else T
-        out = self.model(**inputs, use_cache=True, logits_to_keep=1)
+        ids = random_ids(self.config, 1, T).to(self.opt.device)
+        self.model.model.rope_deltas, self.position = None, T
+        out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
         self.cache = out.past_key_values
         self.token = torch.full((1, 1), TOKEN, device=self.opt.device)
         return out.logits[0, -1]
@@ -373,16 +352,16 @@ class TransformersReader:
 
     @torch.inference_mode()
     def step(self):
-        where = {}
-        if self.position is not None:                     # of text; after a page it counts itself
-            where["position_ids"] = torch.full((3, 1, 1), self.position, device=self.opt.device)
-            self.position += 1
-        out = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True, **where)
+        where = torch.full((3, 1, 1), self.position, device=self.opt.device)
+        self.position += 1
+        out = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True,
+                         position_ids=where)
         return out.logits[0, -1]
 
     def generate(self):
-        inputs = their_inputs(self.asked, self.config)
-        ids = self.model.generate(**inputs, max_new_tokens=self.opt.new, do_sample=False)
+        self.asked = self.asked or questions(self.opt)
+        ids = self.model.generate(**their_inputs(self.asked, self.config), max_new_tokens=ANSWER,
+                                  do_sample=False)
         return ids[:, self.asked.ids.shape[1]:]
 
 
@@ -395,9 +374,9 @@ def their_inputs(b, config):
 
 
 class Trainer:
-    """A micro-batch and the update after it, as loop.train has them, at a rate that leaves the student
-    alone. It is the same student for all conditions, and AdamW's moments exist from the start, as in
-    every step of a run but its first."""
+    """A micro-batch and the update after it, as loop.train has them, at a rate that leaves the
+    student alone. It is the same student for all conditions, and AdamW's moments exist from the
+    start, as in every step of a run but its first."""
 
     def __init__(self, opt, *conds):
         def settings(cond):
@@ -517,15 +496,11 @@ class TransformersTrainer:
 # ---- The scan ----
 
 
-def our_scan(chunk, path=None, kernels="0"):
+def our_scan(chunk, path, kernels="0"):
     def run(x, dt, A, B, C):
         with patch.dict(os.environ, HEED_KERNELS=kernels):
             return mamba2.ssd(x, dt, A, B, C, chunk=chunk)[0]
     return run
-
-
-def triton_scan(chunk, path=None):
-    return our_scan(chunk, kernels="1")
 
 
 def as_heads(x, dt, A, B, C):
@@ -558,55 +533,31 @@ def transformers_scan(chunk, path=None):
     return lambda x, *args: scan(*as_heads(x, *args), chunk).to(x.dtype)
 
 
-def recurrence(x, dt, A, B, C):
-    """mamba2.step at every position."""
-    state, ys = x.new_zeros(len(x), C.shape[2], x.shape[3], C.shape[3]), []
-    for t in range(x.shape[1]):
-        y, state = mamba2.step(x[:, t], dt[:, t], A, B[:, t], C[:, t], torch.zeros_like(A), state)
-        ys.append(y)
-    return torch.stack(ys, 1)
-
-
 SCANS = {                 # how to make the function, chunk sizes to try
     "ours": (our_scan, (None,)),
-    "Triton": (triton_scan, (None,)),
+    "Triton": (partial(our_scan, kernels="1"), (None,)),
     "ssd_minimal": (ssd_minimal, (64, 128, 256)),
     "transformers": (transformers_scan, (64, 128, 256)),
 }
 
 
 class Scanner:
+    """One row of SCANS on random inputs with decays from quick to slow."""
+
     def __init__(self, opt, row, chunk):
-        self.opt, self.f = opt, SCANS[row][0](chunk, opt.ssd_minimal)
-        self.args, self.weight = self.inputs(opt.T)
-
-    def inputs(self, T):
-        """Arguments of a scan, with decays from quick to slow; and the gradient of y."""
+        self.f = SCANS[row][0](chunk, opt.ssd_minimal)
         torch.manual_seed(0)
-        b, H, G, P = self.opt.batch, self.opt.H, self.opt.G, self.opt.P
-        x, B, C, weight = (torch.randn(b, T, n, P) for n in (G, G, H, H))
-        x, B, C, weight = (z.to(getattr(torch, self.opt.dtype)) for z in (x, B, C / P ** 0.5, weight))
-        dt, A = F.softplus(torch.randn(b, T, H) - 4), -torch.exp(torch.rand(H))
-        x, dt, A, B, C, weight = (z.to(self.opt.device) for z in (x, dt, A, B, C, weight))
-        return [z.requires_grad_() for z in (x, dt, A, B, C)], weight
+        T, G, (H, P) = opt.T, 8, (32, 128) if opt.device == "cuda" else (8, 64)
+        x, B, C, weight = (torch.randn(1, T, n, P) for n in (G, G, H, H))
+        x, B, C, weight = (z.to(getattr(torch, opt.dtype)) for z in (x, B, C / P ** 0.5, weight))
+        dt, A = F.softplus(torch.randn(1, T, H) - 4), -torch.exp(torch.rand(H))
+        x, dt, A, B, C, self.weight = (z.to(opt.device) for z in (x, dt, A, B, C, weight))
+        self.args = [z.requires_grad_() for z in (x, dt, A, B, C)]
 
+    @torch.no_grad()
     def forward(self):
-        with torch.no_grad():
-            self.f(*self.args)
+        self.f(*self.args)
 
     def both(self):
-        there_and_back(self.f, self.args, self.weight)
-
-    def errors(self, T=300):
-        """Of y, and the largest of a gradient: relative to the recurrence in fp64, same inputs."""
-        args, weight = self.inputs(T)
-        a = there_and_back(self.f, args, weight)
-        b = there_and_back(recurrence, [z.detach().double().requires_grad_() for z in args], weight)
-        e = [((p.double() - q).norm() / q.norm()).item() for p, q in zip(a, b)]
-        return e[0], max(e[1:])
-
-
-def there_and_back(f, args, weight):
-    """-> y and the gradients of args."""
-    y = f(*args)
-    return [y.detach(), *torch.autograd.grad(y, args, weight.to(y.dtype))]
+        y = self.f(*self.args)
+        torch.autograd.grad(y, self.args, self.weight.to(y.dtype))

@@ -2,9 +2,8 @@
 and B.3.
 
     python -m paper.diagnose --student out/c1           # the embedded world, 64 pages, some minutes
-    python -m paper.diagnose --student out/c1 out/c3 out/c4         # the same, and the drift of two more beside it
+    python -m paper.diagnose --student out/c1 out/c3 out/c4         # and the drift of two more
     python -m paper.diagnose --teacher Qwen3-VL-8B-Instruct --student out/c1 --data heldout.jsonl
-    --images 1000
 
 Each sample with an image (a page) goes once through teacher and student side by side (drift,
 attention), once backward through the teacher (the Fisher weights that density stands in for), and
@@ -13,14 +12,17 @@ prints a table of the paper's figures beside ours; that, results.json with all f
 pictures go to paper/results/diagnose.
 
     code        paper                  shape    unit
-    drift       delta_{l,p}, Sect. 3.1 (L, T)   length of student's minus teacher's residual; row l-1 is layer l = 1..L
+    drift       delta_{l,p}, Sect. 3.1 (L, T)   length of student's minus teacher's residual;
+                                                row l-1 is layer l = 1..L
     size        || r_{l,p} ||          (L, T)   length of the teacher's residual
-    turn        -                      (L, T)   1 - cosine of student's and teacher's residual, 0..2
+    turn        -                      (L, T)   1 - cosine of student's and teacher's residual
     attention   teacher attention      (L, T)   what a position receives, a share in 0..1
-    rho         rho(p), Eq. 2          (N,)     density of the page's N visual positions, in reading order
-    together    a, Fig. 3B             (10,)    nats per answer token: a tenth of the visual positions is hidden
-    alone       a_p, Sect. 3.1         (N,)     nats per answer token: one position is hidden
-    fisher      || g_{l,p} ||^2, Eq. 7 (S, N)   (nats per unit of residual)^2; S replaced layers, read at S*
+    rho         rho(p), Eq. 2          (N,)     density of the N visual positions, in reading order
+    together    a, Fig. 3B             (10,)    how far the answer's score falls, nats a token, when
+                                                a tenth of the visual positions is hidden
+    alone       a_p, Sect. 3.1         (N,)     the same, when one position is hidden
+    fisher      || g_{l,p} ||^2, Eq. 7 (S, N)   (nats per unit of residual)^2; S replaced layers,
+                                                read at S*
 
 The paper writes a_{l,p}; here a position is hidden in all layers at once, so a has no l.
 """
@@ -28,7 +30,8 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain, combinations, islice
 from pathlib import Path
 from typing import Optional
 
@@ -37,7 +40,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image
 from scipy import stats
 from tqdm import tqdm
 
@@ -52,6 +54,7 @@ from synthdoc import SUITES, World
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
 
+SEED = 1                                                  # of the world; evaluate.py asks about 0
 GROUPS = 10                                               # deciles of density
 DRAWS = 1000                                              # bootstrap resamples (A.7)
 
@@ -62,8 +65,6 @@ DRAWS = 1000                                              # bootstrap resamples 
 @dataclass
 class Seen:
     """One page's measurements, as in the table above; numpy, float64."""
-    name: str
-    source: str
     visual: np.ndarray              # (T,) bool
     rho: np.ndarray
     drift: np.ndarray
@@ -71,12 +72,11 @@ class Seen:
     turn: np.ndarray
     attention: np.ndarray
     together: np.ndarray
-    alone: Optional[np.ndarray]     # None where it was not measured: it costs a pass for every position
+    alone: Optional[np.ndarray]     # None where not measured: it costs a pass for every position
     fisher: np.ndarray
-    image: Image.Image           # the page's first image, and its height and width in visual tokens
-    grid: tuple
-    said: tuple = ("", "")          # question and answer
-    others: dict = field(default_factory=dict)         # {student: (drift, turn)} of the further ones
+    grid: tuple                     # height and width of the first image in visual tokens
+    others: dict                    # {student: (drift, turn)} of the further ones
+    shown: tuple                    # the first image, the question and its answer
 
 
 def attention_received(attention, x, rope, chunk=256):
@@ -89,12 +89,14 @@ def attention_received(attention, x, rope, chunk=256):
     """
     q, k = (rearrange(f(x), "1 t (h p) -> h t p", p=attention.config.head_dim)
             for f in (attention.q_proj, attention.k_proj))
-    q, k = rotate(attention.q_norm(q), *rope), rotate(attention.k_norm(k), *rope)       # (H, T, P), (G, T, P)
-    k, T = k.repeat_interleave(len(q) // len(k), dim=0), x.shape[1]
+    q = rotate(attention.q_norm(q), *rope)                                              # (H, T, P)
+    k = rotate(attention.k_norm(k), *rope).repeat_interleave(len(q) // len(k), dim=0)
+    T = x.shape[1]
     at, total = torch.arange(T, device=x.device), torch.zeros(T, device=x.device)
     for a in range(0, T, chunk):
         scores = (q[:, a:a + chunk] @ k.mT).float() / q.shape[-1] ** 0.5             # (H, chunk, T)
-        total += scores.masked_fill(at > at[a:a + chunk, None], -math.inf).softmax(-1).mean(0).sum(0)
+        shares = scores.masked_fill(at > at[a:a + chunk, None], -math.inf).softmax(-1)
+        total += shares.mean(0).sum(0)
     return total / (T - at)
 
 
@@ -102,16 +104,17 @@ def attention_received(attention, x, rope, chunk=256):
 def walk(teacher, student, e, own):
     """Both models through all layers, each on its own stream. e, own: their embeddings of one page.
 
-    -> drift, size, turn, attention, each (L, T). As in Eq. 4, streams are read where a layer ends, before
-    DeepStack adds to them; unlike there, kept layers are read too, for they carry on what earlier
-    ones lost.
+    -> drift, size, turn, attention, each (L, T). As in Eq. 4, streams are read where a layer ends,
+    before DeepStack adds to them; unlike there, kept layers are read too, for they carry on what
+    earlier ones lost.
     """
     r, s, rows = e.x, own.x, []                                                         # (1, T, D)
     for i, (theirs, ours) in enumerate(zip(teacher.layers, student.layers)):
         seen = attention_received(theirs.self_attn, theirs.input_layernorm(r), e.rope)
         r, s = theirs(r, None, e.rope)[0], ours(s, None, own.rope)[0]
+        drift, size = squared_drift(s, r)[0].sqrt(), r[0].float().norm(dim=-1)          # (T,)
         turn = 1 - F.cosine_similarity(s[0].float(), r[0].float(), dim=-1)
-        rows.append(torch.stack([squared_drift(s, r)[0].sqrt(), r[0].float().norm(dim=-1), turn, seen]))
+        rows.append(torch.stack([drift, size, turn, seen]))
         if i < len(e.deepstack):
             r, s = r + e.deepstack[i], s + own.deepstack[i]
     return torch.stack(rows, dim=1)                                                     # (4, L, T)
@@ -136,13 +139,13 @@ def answer_scores(teacher, e, labels, hidden, at_once=4096):
             r = layer(r, ~part, rope)[0]
             if i < len(e.deepstack):
                 r = r + e.deepstack[i]
-        log_p = teacher.lm_head(teacher.norm(r[:, rows])).float().log_softmax(-1)       # (n, answer tokens, V)
+        log_p = teacher.lm_head(teacher.norm(r[:, rows])).float().log_softmax(-1)  # (n, answer, V)
         target = following[rows].expand(len(part), -1)[..., None]
         scores.append(log_p.gather(-1, target)[..., 0].mean(1))
     return torch.cat(scores)
 
 
-def deciles(rho, groups=GROUPS):
+def deciles(rho):
     """The group of every position of a page: 0 the least dense tenth, 9 the densest, equal in size
     to one. (N,) int.
 
@@ -150,34 +153,37 @@ def deciles(rho, groups=GROUPS):
     ones. Equal densities go in reading order.
     """
     rank = np.argsort(np.argsort(rho, kind="stable"))
-    return rank * groups // len(rho)
+    return rank * GROUPS // len(rho)
 
 
-def measure(teacher, student, page, image, each, said=("", ""), others=None):
-    """An Encoded page with image and answer -> Seen. each: also hide every visual position by
-    itself. others: further students {name: model}, of which only drift and turn are measured."""
-    c, weight, others = teacher.config, teacher.lm_head.weight, others or {}
-    ids, labels, grids = (t.to(weight.device) for t in (page.ids, page.labels, page.grids))
-    pixels, visual = page.pixels.to(weight.device, weight.dtype), ids == c.image_token_id     # (T,)
+def measure(teacher, students, page, shown, each):
+    """An Encoded page with image and answer -> Seen. students: {name: model}; of all but the first
+    only drift and turn are measured. each: also hide every visual position by itself."""
+    c, weight, (first, *names) = teacher.config, teacher.lm_head.weight, students
+    device, m = weight.device, c.vision.spatial_merge_size
+    ids, labels, grids = (t.to(device) for t in (page.ids, page.labels, page.grids))
+    pixels, visual = page.pixels.to(device, weight.dtype), ids == c.image_token_id            # (T,)
     with torch.no_grad():
         vision = teacher.visual(pixels, grids)
         e = teacher.embed(ids[None], None, None, grids, vision)
-        own = [m.embed(ids[None], None, pixels, grids) for m in (student, *others.values())]     # after SFT their own
-    m = c.vision.spatial_merge_size
-    rho = image_densities(vision.patches, page.grids, m).cpu()                                # (N,)
-    where, group = visual.nonzero()[:, 0], torch.from_numpy(deciles(rho.numpy())).to(weight.device)
-    hidden = torch.zeros(1 + GROUPS + each * len(where), len(ids), dtype=torch.bool, device=weight.device)
+        walked = {}                                       # {student: (4, L, T)}
+        for name, student in students.items():
+            own = student.embed(ids[None], None, pixels, grids)      # after SFT not the teacher's
+            walked[name] = walk(teacher, student, e, own).cpu().double().numpy()
+    rho = image_densities(vision.patches, page.grids, m).double().cpu().numpy()               # (N,)
+    where, group = visual.nonzero()[:, 0], torch.from_numpy(deciles(rho)).to(device)
+    single = torch.arange(len(where) if each else 0, device=device)
+    hidden = torch.zeros(1 + GROUPS + len(single), len(ids), dtype=torch.bool, device=device)
     hidden[1 + group, where] = True
-    if each:
-        hidden[1 + GROUPS + torch.arange(len(where), device=weight.device), where] = True
+    hidden[1 + GROUPS + single, where[single]] = True
     score = answer_scores(teacher, e, labels, hidden)
     fall = (score[:1] - score[1:]).cpu().double().numpy()      # a: how far the answer's score falls
-    fisher = fisher_scores(teacher, student.config.hybrid["layers"], e, None, labels[None])[:, 0, visual]
-    drift, size, turn, attention = walk(teacher, student, e, own[0]).cpu().double().numpy()
-    further = {name: walk(teacher, m, e, x)[[0, 2]].cpu().double().numpy() for (name, m), x in zip(others.items(), own[1:])}
-    return Seen(page.id, page.source, visual.cpu().numpy(), rho.double().numpy(), drift, size, turn, attention,
-                fall[:GROUPS], fall[GROUPS:] if each else None, fisher.cpu().double().numpy(), image,
-                (int(page.grids[0, 1]) // m, int(page.grids[0, 2]) // m), said, further)
+    fisher = fisher_scores(teacher, students[first].config.hybrid["layers"], e, None, labels[None])
+    fisher = fisher[:, 0, visual].cpu().double().numpy()                                  # (S, N)
+    return Seen(visual.cpu().numpy(), rho, *walked[first], together=fall[:GROUPS],
+                alone=fall[GROUPS:] if each else None, fisher=fisher,
+                grid=tuple((page.grids[0, 1:] // m).tolist()),
+                others={name: walked[name][[0, 2]] for name in names}, shown=shown)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -227,63 +233,59 @@ def semi_partial(g):
     return joint, np.maximum(joint[..., None] - without, 0), slopes       # below 0 by rounding only
 
 
-def resamples(n, draws=DRAWS, seed=0):
+def resamples(n):
     """Bootstrap over n pages (A.7): how often each resample has each page, (draws, n). As the Gram
     matrix of a resample is the sum of its pages', `resamples(n) @ grams` fits them all anew,
     exactly."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws).astype(float)
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=DRAWS).astype(float)
 
 
 def interval(value, drawn):
     """-> [value, ends of the 95 % interval]."""
     drawn = drawn[np.isfinite(drawn)]
-    return [float(value), *map(float, np.percentile(drawn, (2.5, 97.5)) if len(drawn) else (np.nan, np.nan))]
+    ends = np.percentile(drawn, (2.5, 97.5)).tolist() if len(drawn) else [math.nan] * 2
+    return [float(value), *ends]
 
 
 # --------------------------------------------------------------------------------------------------
 # The diagnosis: a list of Seen -> figures
 
 PREDICTORS = ("density", "token type", "layer depth", "teacher attention")
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Where Sect. 3.2 leaves a choice. The first row of READINGS is what the table shows."""
-    text: float = 2.0               # density of a text position over the page's visual mean; 2 is beta of Algorithm 1
-    text_too: bool = True        # or visual positions alone, which have no token type to tell apart
-    relative: bool = False          # drift over the length of the teacher's residual
-    replaced: bool = False          # only the outputs of replaced layers (S*)
-
-
-READINGS = {
-    "all positions and layers":  Reading(),
-    "text at the visual mean":   Reading(text=1.0),
-    "visual positions only":     Reading(text_too=False),
-    "drift over residual size":  Reading(relative=True),
-    "replaced layers only":      Reading(replaced=True),
+READINGS = {              # where Sect. 3.2 leaves a choice: `design`'s; the table shows the first
+    "all positions and layers": dict(),
+    "text at the visual mean": dict(text=1.0),
+    "visual positions only": dict(text_too=False),
+    "drift over residual size": dict(relative=True),
+    "replaced layers only": dict(every_layer=False),
 }
 
 
-def design(one, reading, replaced):
-    """A page's rows of the token-level regression: four predictors and the drift, each (rows,)."""
+def design(one, replaced, text=2.0, text_too=True, relative=False, every_layer=True):
+    """A page's rows of the token-level regression: four predictors and the drift, each (rows,).
+
+    text: density of a text position over the page's visual mean; 2 is beta of Algorithm 1. Visual
+    positions alone have no token type to tell apart. relative: drift over the length of the
+    teacher's residual. replaced: the layers of S*.
+    """
     L, T = one.drift.shape
-    density = np.full(T, reading.text * one.rho.mean())
+    density = np.full(T, text * one.rho.mean())
     density[one.visual] = one.rho
-    layers = np.array(replaced if reading.replaced else range(L))
-    where = np.ones(T, bool) if reading.text_too else one.visual
-    target = one.drift / one.size if reading.relative else one.drift
-    columns = (density, one.visual.astype(float), layers[:, None] + 1.0, one.attention[layers], target[layers])
+    layers = np.array(range(L) if every_layer else replaced)
+    where = np.ones(T, bool) if text_too else one.visual
+    target = one.drift / one.size if relative else one.drift
+    columns = (density, one.visual.astype(float), layers[:, None] + 1.0, one.attention[layers],
+               target[layers])
     return [np.broadcast_to(c, (len(layers), T))[:, where].ravel() for c in columns]
 
 
-def regression(pages, reading, replaced):
+def regression(pages, replaced, reading):
     """-> joint and unique R^2 with intervals; slopes, for an R^2 does not say whether drift rises
     or falls; and the share of resamples in which density has the largest unique R^2."""
-    grams = np.stack([gram(design(one, reading, replaced)) for one in pages])           # (n, 6, 6)
-    joint, unique, slopes = semi_partial(grams.sum(0))
-    joints, uniques, _ = semi_partial(np.tensordot(resamples(len(pages)), grams, 1))    # (draws,), (draws, 4)
+    grams = np.stack([gram(design(one, replaced, **reading)) for one in pages])         # (n, 6, 6)
+    joint, unique, slopes = semi_partial(grams.sum(0))                            # (), (4,), (4,)
+    joints, uniques, _ = semi_partial(np.tensordot(resamples(len(pages)), grams, 1))
     return dict(joint=interval(joint, joints),
-                unique={name: interval(unique[k], uniques[:, k]) for k, name in enumerate(PREDICTORS)},
+                unique=dict(zip(PREDICTORS, map(interval, unique, uniques.T))),
                 slopes=dict(zip(PREDICTORS, slopes.tolist())),
                 density_largest=float((uniques[:, :1] > uniques[:, 1:]).all(1).mean()))
 
@@ -293,8 +295,9 @@ def by_decile(values):
     top over bottom."""
     means, drawn = values.mean(0), resamples(len(values)) @ values / len(values)
     rows = [interval(m, d) for m, d in zip(means, drawn.T)]
-    apart = rows[0][1] > 0                                # a bottom that may be 0 has no ratio
-    ratio = interval(means[-1] / means[0], drawn[:, -1] / drawn[:, 0]) if apart else [math.nan] * 3
+    ratio = [math.nan] * 3                                # a bottom that may be 0 has none
+    if rows[0][1] > 0:
+        ratio = interval(means[-1] / means[0], drawn[:, -1] / drawn[:, 0])
     return dict(means=rows, ratio=ratio, pages=len(values))
 
 
@@ -308,9 +311,9 @@ MEASURES = {"length": "", "relative": ", over the residual's length", "turn": ",
 
 
 def drift_by_decile(pages, other=None):
-    """A student's drift, mean over layers, by three measures: its length, as the paper's delta has it;
-    over the length of the teacher's residual; and by direction alone. Lengths of streams differ from
-    position to position, and where a stream is long a small turn is a long way."""
+    """A student's drift, mean over layers, by three measures: its length, as the paper's delta has
+    it; over the length of the teacher's residual; and by direction alone. Lengths of streams differ
+    from position to position, and where a stream is long a small turn is a long way."""
     rows = {measure: [] for measure in MEASURES}
     for one in pages:
         drift, turn = one.others[other] if other else (one.drift, one.turn)
@@ -325,90 +328,111 @@ def spread(values):
     values = np.array([v for v in values if math.isfinite(v)])
     if not len(values):
         return dict(mean=math.nan, percentiles=[math.nan] * 2, values=[])
-    return dict(mean=float(values.mean()), percentiles=np.percentile(values, (5, 95)).tolist(), values=values.tolist())
+    return dict(mean=float(values.mean()), percentiles=np.percentile(values, (5, 95)).tolist(),
+                values=values.tolist())
 
 
 def fisher_ranks(pages, replaced):
-    """B.3: does density rank the visual positions of a page as the gradient does, and does each
-    layer as the others?"""
+    """B.3: does density rank the visual positions of a page as the gradient does (Eq. 7's sum over
+    layers), and does each layer as the others?"""
     def top(one):
         dense = np.argsort(-one.rho, kind="stable")[:math.ceil(len(one.rho) / 4)]
         return spearman(one.rho[dense], one.fisher.sum(0)[dense])
-    pairs = {f"{a + 1}, {b + 1}": spread([spearman(one.fisher[i], one.fisher[j]) for one in pages])["mean"]
-             for i, a in enumerate(replaced) for j, b in enumerate(replaced) if i < j}
+    pairs = {f"{replaced[i] + 1}, {replaced[j] + 1}":
+             spread([spearman(one.fisher[i], one.fisher[j]) for one in pages])["mean"]
+             for i, j in combinations(range(len(replaced)), 2)}
     known = [v for v in pairs.values() if math.isfinite(v)] or [math.nan]
-    return dict(overall=spread([spearman(one.rho, one.fisher.sum(0)) for one in pages]),         # Eq. 7's sum
+    return dict(overall=spread([spearman(one.rho, one.fisher.sum(0)) for one in pages]),
                 top_quarter=spread([top(one) for one in pages]),
-                between_layers=dict(mean=float(np.mean(known)), least=min(known), most=max(known), pairs=pairs))
+                between_layers=dict(mean=float(np.mean(known)), least=min(known), most=max(known),
+                                    pairs=pairs))
 
 
 def diagnose(pages, replaced):
-    """All figures of Sect. 3 and B.3, from at least two pages, as one dict for JSON."""
-    if len(pages) < 2:
-        raise ValueError(f"a bootstrap over pages needs at least 2 of them, but there are {len(pages)}")
-    drifts = np.stack([[in_groups(one, row[one.visual]) for row in one.drift] for one in pages])  # (n, L, 10)
-    others = {name: drift_by_decile(pages, name) for name in pages[0].others}
-    sizes = np.stack([[in_groups(one, row[one.visual]) for row in one.size] for one in pages]).mean(0)    # (L, 10)
+    """All figures of Sect. 3 and B.3 as one dict for JSON. On at least two pages every position was
+    hidden by itself."""
     alone = [one for one in pages if one.alone is not None]
-    lines = {"densest tenth": drifts[..., -1], "least dense tenth": drifts[..., 0],
+    if len(alone) < 2:
+        raise ValueError(f"a bootstrap over pages needs at least 2, but there are {len(alone)}")
+    drifts, sizes = (np.stack([[in_groups(one, row[one.visual]) for row in getattr(one, what)]
+                               for one in pages]) for what in ("drift", "size"))        # (n, L, 10)
+    lines = {"densest tenth": drifts[..., -1], "least dense tenth": drifts[..., 0],         # (n, L)
              "text": np.stack([one.drift[:, ~one.visual].mean(1) for one in pages])}
-    importance = dict(together=by_decile(np.stack([one.together for one in pages])))
-    if len(alone) > 1:
-        importance["alone"] = by_decile(np.stack([in_groups(one, one.alone) for one in alone]))
-        importance["alone"]["spearman"] = spread([spearman(one.rho, one.alone) for one in alone])
-    return dict(pages=len(pages), replaced=list(replaced), drift=drift_by_decile(pages), drift_of_others=others,
-                size_by_layer={"densest tenth": sizes[:, -1].tolist(), "least dense tenth": sizes[:, 0].tolist()},
-                drift_by_layer={name: v.mean(0).tolist() for name, v in lines.items()}, importance=importance,
-                regression={name: regression(pages, reading, replaced) for name, reading in READINGS.items()},
+    single = by_decile(np.stack([in_groups(one, one.alone) for one in alone]))
+    single["spearman"] = spread([spearman(one.rho, one.alone) for one in alone])
+    return dict(pages=len(pages), replaced=list(replaced), drift=drift_by_decile(pages),
+                drift_of_others={name: drift_by_decile(pages, name) for name in pages[0].others},
+                size_by_layer={"densest tenth": sizes.mean(0)[:, -1].tolist(),
+                               "least dense tenth": sizes.mean(0)[:, 0].tolist()},
+                drift_by_layer={name: v.mean(0).tolist() for name, v in lines.items()},
+                importance=dict(together=by_decile(np.stack([one.together for one in pages])),
+                                alone=single),
+                regression={name: regression(pages, replaced, r) for name, r in READINGS.items()},
                 fisher=fisher_ranks(pages, replaced))
 
 
 # --------------------------------------------------------------------------------------------------
 # The table: the paper's figures beside ours
 
-PAPER = {"density": "0.30 [0.27, 0.33]", "token type": "0.10 (and 0.04 to 0.06)", "layer depth": "0.08",
-         "teacher attention": "0.05", "joint": "0.53"}
+PAPER = {"density": "0.30 [0.27, 0.33]", "token type": "0.10 (and 0.04 to 0.06)",
+         "layer depth": "0.08", "teacher attention": "0.05", "joint": "0.53"}
+
+
+def shown(x, form="{:.2f}"):
+    """A value and the ends of its interval."""
+    value, low, high = map(form.format, x)
+    return f"{value} [{low}, {high}]" if math.isfinite(x[0]) else "not defined"
+
+
+def tenths(x):
+    """What `by_decile` found: the densest over the least dense."""
+    top, bottom = x["means"][-1], x["means"][0]
+    if math.isfinite(x["ratio"][0]):
+        return f"{top[0]:.3g} / {bottom[0]:.3g} = {shown(x['ratio'], '{:.3g}')}"
+    return f"{shown(top, '{:.3f}')} / {shown(bottom, '{:.3f}')}: the lower may be 0"
+
+
+def ranked(x):
+    """What `spread` found."""
+    return shown([x["mean"], *x["percentiles"]])
 
 
 def table(results):
     """Markdown. The paper's four unique R^2 add up to its joint one, as they would for predictors
     that are not correlated at all; ours need not."""
-    main, fisher = results["regression"]["all positions and layers"], results["fisher"]
-
-    def shown(x, form="{:.2f}"):
-        return "not defined" if not math.isfinite(x[0]) else " ".join(
-            [form.format(x[0]), "[" + ", ".join(form.format(v) for v in x[1:]) + "]"])
-
-    def tenths(x):
-        top, bottom = x["means"][-1], x["means"][0]
-        if math.isfinite(x["ratio"][0]):
-            return f"{top[0]:.3g} / {bottom[0]:.3g} = {shown(x['ratio'], '{:.3g}')}"
-        return f"{shown(top, '{:.3f}')} / {shown(bottom, '{:.3f}')}: the lower may be 0"
-
-    def ranked(x):
-        return shown([x["mean"], *x["percentiles"]])
-    rows = [("drift, densest / least dense tenth (Fig. 3A)", "0.281 / 0.078 = 3.6", tenths(results["drift"]["length"])),
-            *((f"the same{of}{words}", "-", tenths(figures[measure])) for measure, words in MEASURES.items()
-              for of, figures in {"": results["drift"], **{f" of {n}": v for n, v in results["drift_of_others"].items()}}.items()
-              if of or words),
-            ("length of the teacher's residual, by layer", "-", ", ".join(f"{top:.0f} / {bottom:.0f}" for top, bottom in zip(
-                *results["size_by_layer"].values()))),
-            ("answer score, a tenth hidden (Fig. 3B), nats", "0.143 / 0.041 = 3.5",
-             tenths(results["importance"]["together"]))]
-    if one := results["importance"].get("alone"):
-        rows += [("answer score, one position hidden, nats", "-", tenths(one)),
-                 ("Spearman of density and that, within a page [5th, 95th]", "-", ranked(one["spearman"]))]
-    rows += [(f"unique R² of {name}", PAPER[name], f"{shown(main['unique'][name])}, slope {main['slopes'][name]:+.2f}")
+    importance, fisher = results["importance"], results["fisher"]
+    main, *others = results["regression"].values()
+    between = fisher["between_layers"]
+    rows = [(f"{results['pages']} pages", "the paper", "here"), ("---",) * 3,
+            ("drift, densest / least dense tenth (Fig. 3A)", "0.281 / 0.078 = 3.6",
+             tenths(results["drift"]["length"]))]
+    students = {"": results["drift"]}
+    students |= {f" of {name}": figures for name, figures in results["drift_of_others"].items()}
+    rows += [(f"the same{of}{words}", "-", tenths(figures[measure]))
+             for measure, words in MEASURES.items() for of, figures in students.items()
+             if of or words]
+    sizes = zip(*results["size_by_layer"].values())
+    rows += [("length of the teacher's residual, by layer", "-",
+              ", ".join(f"{top:.0f} / {bottom:.0f}" for top, bottom in sizes)),
+             ("answer score, a tenth hidden (Fig. 3B), nats", "0.143 / 0.041 = 3.5",
+              tenths(importance["together"])),
+             ("answer score, one position hidden, nats", "-", tenths(importance["alone"])),
+             ("Spearman of density and that, within a page [5th, 95th]", "-",
+              ranked(importance["alone"]["spearman"]))]
+    rows += [(f"unique R² of {name}", PAPER[name],
+              f"{shown(main['unique'][name])}, slope {main['slopes'][name]:+.2f}")
              for name in PREDICTORS]
     rows += [("joint R²", PAPER["joint"], shown(main["joint"])),
-             ("density is the largest, share of resamples", "all", f"{100 * main['density_largest']:.1f} %"),
-             *((f"the same five R², {name}", "-", ", ".join(f"{v[0]:.2f}" for v in (*r["unique"].values(), r["joint"])))
-               for name, r in results["regression"].items() if r is not main),
-             ("Spearman of density and Fisher weight [5th, 95th]", "0.63 [0.49, 0.74]", ranked(fisher["overall"])),
+             ("density is the largest, share of resamples", "all",
+              f"{100 * main['density_largest']:.1f} %")]
+    rows += [(f"the same five R², {name}", "-",
+              ", ".join(f"{v[0]:.2f}" for v in (*r["unique"].values(), r["joint"])))
+             for name, r in zip([*results["regression"]][1:], others)]
+    rows += [("Spearman of density and Fisher weight [5th, 95th]", "0.63 [0.49, 0.74]",
+              ranked(fisher["overall"])),
              ("the same in the densest quarter", "0.71", ranked(fisher["top_quarter"])),
              ("Spearman of Fisher weights between layers [least, most]", "0.73 [0.61, 0.88]",
-              shown([fisher["between_layers"][k] for k in ("mean", "least", "most")]))]
-    rows = [(f"{results['pages']} pages", "the paper", "here"), ("---",) * 3, *rows]
+              shown([between["mean"], between["least"], between["most"]]))]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -419,7 +443,6 @@ def table(results):
 COLOURS = RED, BLUE, GREEN, OCHRE, PINK = "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7"
 PALE = "#c4c4cc"
 TENTHS = np.arange(1, GROUPS + 1)
-PAPER_TENTHS = {"drift": (0.078, 0.281), "together": (0.041, 0.143)}  # Fig. 3: least dense, densest
 
 
 def draw_charts(results, path):
@@ -427,87 +450,84 @@ def draw_charts(results, path):
     figure, axes = plt.subplots(3, 2, figsize=(9, 10), layout="constrained")
     importance, student = results["importance"], results["student"]
     fall = "fall of the teacher's answer score, nats a token"
-    drawn = draw_tenths(axes[0, 0], {name: figures["relative"] for name, figures in (
-        {student: results["drift"]} | results["drift_of_others"]).items()}, PAPER_TENTHS["drift"])
-    axes[0, 0].set(title="A  Residual drift over the residual's length", ylabel=f"|student − teacher| / |teacher|\n({drawn} pages)")
-    drawn = draw_tenths(axes[0, 1], {"a tenth hidden": importance["together"]}, PAPER_TENTHS["together"])
-    axes[0, 1].set(title="B  Importance of a tenth", ylabel=f"{fall}\n({drawn} pages)")
-    if alone := importance.get("alone"):
-        drawn = draw_tenths(axes[1, 1], {"one position hidden": alone})
-        axes[1, 1].set(title="D  Importance of one position", ylabel=f"{fall}\n({drawn} pages)")
-    draw_explained(axes[1, 0], results["regression"]["all positions and layers"])
-
-    lines, layers = results["drift_by_layer"], np.arange(1, len(results["drift_by_layer"]["text"]) + 1)
-    for (name, ys), colour in zip(lines.items(), (RED, BLUE, GREEN)):
-        axes[2, 0].plot(layers, ys, "o-", color=colour, ms=4, label=name)
-    kept = [i for i in layers if i - 1 not in results["replaced"]]
-    axes[2, 0].plot(kept, np.zeros(len(kept)), "^", color="black", clip_on=False, label="keeps attention")
-    axes[2, 0].set(title=f"E  Residual drift of {student} by layer", xlabel="layer", ylabel="|student − teacher|",
-                   ylim=(0, None))
-    axes[2, 0].legend(fontsize=8)
-
-    edges = np.linspace(-1, 1, 21)
-    names = {"overall": "all visual positions", "top_quarter": "densest quarter"}
-    axes[2, 1].hist([[v for v in results["fisher"][key]["values"] if v is not None and math.isfinite(v)] for key in names],
-                    edges, color=[RED, BLUE], label=list(names.values()))
-    for mean, colour, style in ((0.63, RED, "--"), (0.71, BLUE, ":")):
-        axes[2, 1].axvline(mean, color=colour, ls=style, lw=1.5, label=f"the paper's mean, {mean}")
-    axes[2, 1].set(title="F  Density and Fisher weight", xlabel="Spearman's rank correlation within a page", ylabel="pages")
-    axes[2, 1].legend(fontsize=8)
+    students = {student: results["drift"]} | results["drift_of_others"]
+    draw_tenths(axes[0, 0], "A  Residual drift over the residual's length",
+                "|student − teacher| / |teacher|",
+                {name: figures["relative"] for name, figures in students.items()})
+    axes[0, 0].plot((1, GROUPS), (0.078, 0.281), "D", color="black", mfc="none", label="the paper")
+    draw_tenths(axes[0, 1], "B  Importance of a tenth", fall,
+                {"a tenth hidden": importance["together"]})
+    axes[0, 1].plot((1, GROUPS), (0.041, 0.143), "D", color="black", mfc="none", label="the paper")
+    draw_explained(axes[1, 0], [*results["regression"].values()][0])
+    draw_tenths(axes[1, 1], "D  Importance of one position", fall,
+                {"one position hidden": importance["alone"]})
+    draw_layers(axes[2, 0], f"E  Residual drift of {student} by layer", results["drift_by_layer"],
+                results["replaced"])
+    draw_ranks(axes[2, 1], results["fisher"])
     for axis in axes.flat:
+        axis.legend(fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.title.set(size=10, weight="bold")
         axis.tick_params(labelsize=8)
         axis.xaxis.label.set_size(8)
         axis.yaxis.label.set_size(8)
-        axis.set_visible(axis.has_data())
     figure.savefig(path, dpi=100, metadata={"Software": None})    # the same figures, the same bytes
     plt.close(figure)
 
 
-def draw_tenths(axis, named, paper=None):
-    """Means by tenth of the visual positions with their 95 % intervals; the paper's outer tenths
-    where they are of the same unit. -> of how many pages."""
-    named = {name: figures for name, figures in named.items() if figures}
+def draw_tenths(axis, title, unit, named):
+    """Means by tenth of the visual positions with their 95 % intervals."""
     for (name, figures), colour in zip(named.items(), COLOURS):
-        mean, low, high = np.array(figures["means"], dtype=float).T
+        mean, low, high = np.array(figures["means"]).T
         axis.fill_between(TENTHS, low, high, color=colour, alpha=0.2, lw=0)
         axis.plot(TENTHS, mean, "o-", color=colour, ms=4, label=name)
-    if paper:
-        axis.plot((1, GROUPS), paper, "D", color="black", mfc="none", label="the paper")
-    axis.set(xlabel="tenth of the visual positions, 1 the least dense", xticks=TENTHS)
-    axis.legend(fontsize=8)
-    return min(figures["pages"] for figures in named.values())
+    axis.set(title=title, ylabel=f"{unit}\n({figures['pages']} pages)", xticks=TENTHS,
+             xlabel="tenth of the visual positions, 1 the least dense")
 
 
 def draw_explained(axis, fit):
     """What each predictor explains of drift that the others do not, beside the paper's."""
-    rows = np.array([*fit["unique"].values(), fit["joint"]], dtype=float)
+    rows = np.array([*fit["unique"].values(), fit["joint"]])
     places = np.arange(len(rows))
     axis.bar(places - 0.2, rows[:, 0], 0.38, color=RED, label="here, 95 % interval",
              yerr=np.abs(rows[:, 1:] - rows[:, :1]).T, error_kw=dict(lw=1, capsize=3))
-    axis.bar(places + 0.2, [float(v.split()[0]) for v in PAPER.values()], 0.38, color=PALE, label="the paper")
+    axis.bar(places + 0.2, [float(v.split()[0]) for v in PAPER.values()], 0.38, color=PALE,
+             label="the paper")
     axis.set_xticks(places, ["density", "token type", "layer depth", "attention", "all four"])
     axis.set(title="C  What explains drift", ylabel="share of its variance (semi-partial R²)")
-    axis.legend(fontsize=8)
 
 
-def draw_pages(pages, path, count=4):
-    """The first pages: picture, density, drift (mean over layers) and importance, one square per
+def draw_layers(axis, title, lines, replaced):
+    layers = np.arange(1, len(lines["text"]) + 1)
+    for (name, ys), colour in zip(lines.items(), (RED, BLUE, GREEN)):
+        axis.plot(layers, ys, "o-", color=colour, ms=4, label=name)
+    kept = [i for i in layers if i - 1 not in replaced]
+    axis.plot(kept, np.zeros(len(kept)), "^", color="black", clip_on=False, label="keeps attention")
+    axis.set(title=title, xlabel="layer", ylabel="|student − teacher|", ylim=(0, None))
+
+
+def draw_ranks(axis, fisher):
+    axis.hist([fisher[key]["values"] for key in ("overall", "top_quarter")], np.linspace(-1, 1, 21),
+              color=[RED, BLUE], label=["all visual positions", "densest quarter"])
+    for mean, colour, style in ((0.63, RED, "--"), (0.71, BLUE, ":")):
+        axis.axvline(mean, color=colour, ls=style, lw=1.5, label=f"the paper's mean, {mean}")
+    axis.set(title="F  Density and Fisher weight", ylabel="pages",
+             xlabel="Spearman's rank correlation within a page")
+
+
+def draw_pages(pages, path):
+    """Picture, density, drift (mean over layers) and importance of up to four pages, one square per
     visual token; above each its question and answer. Of several images the first."""
-    pages = pages[:count]
-    head = ["density", "drift"] + ["importance"] * (pages[0].alone is not None)
-    figure, axes = plt.subplots(len(pages), len(head) + 1, figsize=(2.2 * len(head) + 2.4, 2.5 * len(pages)),
-                                squeeze=False, layout="constrained")
+    pages = [one for one in pages if one.alone is not None][:4]
+    figure, axes = plt.subplots(len(pages), 4, figsize=(9, 2.5 * len(pages)), layout="constrained")
     for row, one in zip(axes, pages):
-        (h, w), maps = one.grid, (one.rho, one.drift[:, one.visual].mean(0), one.alone)
-        question, answer = (" ".join(text.split())[:48] for text in one.said)
-        row[0].imshow(one.image)
-        row[0].set_title(f"{question} {answer}", size=7)
-        for axis, name, values in zip(row[1:], head, maps):
-            if values is not None:
-                axis.imshow(values[:h * w].reshape(h, w), cmap="Greys")
-            axis.set_title(f"{name}{' (not measured)' * (values is None)}", size=8)
+        image, *said = one.shown
+        row[0].imshow(image)
+        row[0].set_title(" ".join(" ".join(text.split())[:48] for text in said), size=7)
+        maps = dict(density=one.rho, drift=one.drift[:, one.visual].mean(0), importance=one.alone)
+        for axis, (name, values) in zip(row[1:], maps.items()):
+            axis.imshow(values[:math.prod(one.grid)].reshape(one.grid), cmap="Greys")
+            axis.set_title(name, size=8)
         for axis in row:
             axis.set(xticks=[], yticks=[])
     figure.supxlabel("Each map is white at its least value and black at its largest.", size=8)
@@ -523,71 +543,71 @@ def load(a):
     """-> teacher, {name: student}, processor; or a ValueError that says why these cannot be
     compared."""
     device = device_of(a.device)
-    dtype = dtype_of(a.dtype, device)
-    teacher, *students = (Qwen3VL.from_pretrained(f, dtype, device).requires_grad_(False)
-                          for f in (a.teacher, *a.student))
+    teacher, *students = (
+        Qwen3VL.from_pretrained(folder, dtype_of("", device), device).requires_grad_(False)
+        for folder in (a.teacher, *a.student))
+    tower = teacher.visual.blocks.state_dict()
     for folder, student in zip(a.student, students):
         if teacher.config.hybrid or not student.config.hybrid:
-            raise ValueError(f"--teacher {a.teacher} must be a model with attention in all layers, and --student "
-                             f"{folder} a hybrid that distill.py saved")
-        ours, theirs = student.visual.blocks.state_dict(), teacher.visual.blocks.state_dict()
-        if student.config.text != teacher.config.text or ours.keys() != theirs.keys() or \
-                not all(torch.equal(ours[k], theirs[k]) for k in ours):
-            raise ValueError(f"--student {folder} does not come from --teacher {a.teacher}: their decoders' settings or "
-                             "their vision towers differ")
+            raise ValueError(f"--teacher {a.teacher} must be a model with attention in all layers, "
+                             f"and --student {folder} a hybrid that distill.py saved")
+        own = student.visual.blocks.state_dict()
+        if student.config.text != teacher.config.text or own.keys() != tower.keys() or \
+                not all(torch.equal(own[k], tower[k]) for k in own):
+            raise ValueError(f"--student {folder} does not come from --teacher {a.teacher}: their "
+                             "decoders' settings or their vision towers differ")
     named = {Path(folder).name: student for folder, student in zip(a.student, students)}
     if len(named) < len(students):
-        raise ValueError("--student: folders are told apart by their last part, which two of them share")
+        raise ValueError("--student: folders are told apart by their last part, which two of them "
+                         "share")
     return teacher, named, Processor(a.teacher)
 
 
-def pages(a, processor):
+def pages(data, processor):
     """Samples with an answer and at least ten visual tokens, for a decile must hold one: (Encoded,
-    first image, its last question and answer). In the embedded world half are for reading and half
-    for reasoning, from a seed that evaluate.py does not ask about."""
-    if a.data:
-        data = read_data(a.data)
-        samples = (data[i] for i in range(len(data)))
+    (first image, its last question and answer)). data: a file, or None for the embedded world, half
+    for reading and half for reasoning."""
+    if data:
+        rows = read_data(data)
+        samples = (rows[i] for i in range(len(rows)))
     else:
-        worlds = [World("eval", a.seed, suite) for suite in SUITES]
-        samples = (worlds[i % len(worlds)][i // len(worlds)] for i in range(10 ** 6))
+        samples = chain.from_iterable(zip(*(World("eval", SEED, suite) for suite in SUITES)))
     for sample in samples:
         page = processor.encode(sample) if sample.images else None
-        if page and (page.ids == processor.special["image_pad"]).sum() >= GROUPS and (page.labels != IGNORED).any():
-            first = sample.images[0]
-            image = read_image(first)
-            image.thumbnail((400, 400))                   # a copy, for draw_pages
-            texts = [part["text"] for m in sample.messages for part in m["content"] if part["type"] == "text"]
-            yield page, image, (["", *texts[-2:]])[-2:]
+        if not page or (page.labels == IGNORED).all() or \
+                (page.ids == processor.special["image_pad"]).sum() < GROUPS:
+            continue
+        image = read_image(sample.images[0])
+        image.thumbnail((400, 400))                       # a copy, for draw_pages
+        said = ["", *(part["text"] for m in sample.messages for part in m["content"]
+                      if part["type"] == "text")]
+        yield page, (image, *said[-2:])
 
 
 def main(arguments=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--teacher", default="tiny", help="model folder")
-    p.add_argument("--student", required=True, nargs="+", help="folder of a hybrid made from that teacher; the paper "
-                   "takes C1; of further ones only the drift is shown beside it")
+    p.add_argument("--student", required=True, nargs="+", help="folder of a hybrid made from that "
+                   "teacher; the paper takes C1; of further ones only the drift is shown beside it")
     p.add_argument("--data", help="file of held-out samples (data.py); default: the embedded world")
     p.add_argument("--images", type=int, default=64, help="pages to look at; the paper has 1,000")
-    p.add_argument("--alone", type=int, default=16,
-                   help="of these, pages where each visual position is hidden by itself: a teacher pass for each")
-    p.add_argument("--seed", type=int, default=1, help="of the embedded world; evaluate.py asks about 0")
+    p.add_argument("--alone", type=int, default=16, help="of these, pages where each visual "
+                   "position is hidden by itself: a teacher pass for each")
     p.add_argument("--device", default="", help="cuda or cpu; default: cuda where there is one")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on cuda, else float32")
     p.add_argument("--out", type=Path, default=Path("paper/results/diagnose"))
     a = p.parse_args(arguments)
     try:                                            # user errors end in a sentence, not a traceback
-        if a.images < 2 or a.alone < 0:
-            raise ValueError(f"--images must be at least 2 and --alone at least 0, but are {a.images} and {a.alone}")
+        if min(a.images, a.alone) < 2:
+            raise ValueError("--images and --alone must be at least 2, but are "
+                             f"{a.images} and {a.alone}")
         teacher, students, processor = load(a)
-        (first, student), *others = students.items()
-        seen, found = [], pages(a, processor)
-        for n in tqdm(range(a.images), unit=" pages"):
-            if (page := next(found, None)) is None:
-                print(f"{a.data} has only {n} samples with an answer and at least {GROUPS} visual tokens")
-                break
-            encoded, image, said = page
-            seen.append(measure(teacher, student, encoded, image, n < a.alone, said, dict(others)))
-        results = dict(teacher=str(a.teacher), student=first, data=a.data or f"embedded world, seed {a.seed}",
+        found = islice(pages(a.data, processor), a.images)
+        seen = [measure(teacher, students, page, shown, n < a.alone)
+                for n, (page, shown) in enumerate(tqdm(found, total=a.images, unit=" pages"))]
+        (first, student), *_ = students.items()
+        results = dict(teacher=a.teacher, student=first,
+                       data=a.data or f"embedded world, seed {SEED}",
                        **diagnose(seen, student.config.hybrid["layers"]))
     except (ValueError, OSError, BadSample) as error:
         sys.exit(str(error))

@@ -1,11 +1,12 @@
 """Attention's keys and values while a model generates, and the step that is captured once and
 replayed.
 
-    KVCache           grows with the text: what prefill fills, and what decoding on a CPU goes on with
-    FixedCache        has its full size from the start, so that a step moves no memory and asks nothing of the host
-    Replayed          a step on fixed buffers, on CUDA captured as one graph: a step of a large model is a thousand small
-                      kernels, and launching them one by one takes longer than running them
-    sample            the next tokens
+    KVCache       grows with the text: what prefill fills, and what decoding on a CPU goes on with
+    FixedCache    has its full size from the start, so that a step moves no memory and asks nothing
+                  of the host
+    Replayed      a step on fixed buffers, on CUDA captured as one graph: a step of a large model is
+                  a thousand small kernels, and launching them takes longer than running them
+    sample        the next tokens
 
 Nothing here knows the model: a step is a function, and a mixer's state any NamedTuple of tensors of
 constant shape.
@@ -82,7 +83,7 @@ def attend_fixed(cache, q, k, v):
         return y[:, :, None]
     see = torch.arange(capacity, device=q.device) < slots.used[:, None]              # (B, capacity)
     grouped = q.view(len(q), k.shape[1], -1, q.shape[3])  # the queries of a group share its keys
-    k, v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)                             # (B, G, capacity, P)
+    k, v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)                   # (B, G, capacity, P)
     y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=see[:, None, None])
     return y.reshape(q.shape)
 
@@ -108,24 +109,12 @@ class Replayed:
     def __init__(self, step, states, position, room, weights):
         """states: a list, emptied layer by layer as it is copied; room: how many steps may follow;
         weights: what must not have moved for the capture to be used again."""
-        B = len(position)
-        self.step, self.weights, self.graph = step, weights, None
+        self.step, self.weights, self.graph, self.states = step, weights, None, [None] * len(states)
         self.capacity = -(-(longest(states) + room) // 256) * 256       # whole blocks of 256
         self.position, self.tokens = position.clone(), torch.zeros_like(position)
-        self.left = self.capacity - longest(states)       # steps that there is room for
-        whole = torch.arange(B + 1, device=position.device, dtype=torch.int32)
-        self.slots = Slots(torch.zeros_like(position), whole[:B] + 1, whole * self.capacity, whole)
-        self.states = []
-        for i, state in enumerate(states):
-            if isinstance(state, KVCache):
-                shape = (B, self.capacity, state.k.shape[1], state.k.shape[3])
-                fixed = FixedCache(state.k.new_zeros(shape), state.v.new_zeros(shape), self.slots)
-            else:
-                fixed = type(state)(*(t.clone() for t in state))
-            self.fill(fixed, state)
-            self.states.append(fixed)
-            self.count(state)
-            states[i] = None
+        whole = torch.arange(len(position) + 1, device=position.device, dtype=torch.int32)
+        self.slots = Slots(torch.zeros_like(position), whole[:-1] + 1, whole * self.capacity, whole)
+        self.load(states, position)
         self.capture()
 
     def fits(self, states, position, room, weights):
@@ -134,31 +123,33 @@ class Replayed:
                 and self.logits is not None and longest(states) + room <= self.capacity)
 
     def load(self, states, position):
-        self.left = self.capacity - longest(states)
-        for fixed, state in zip(self.states, states):
-            self.fill(fixed, state)
-            self.count(state)
+        """Puts a prompt's states into the buffers, which the first prompt makes."""
+        self.left = self.capacity - longest(states)       # steps that there is room for
         self.position.copy_(position)
+        for i, state in enumerate(states):
+            if isinstance(state, KVCache):
+                shape = (len(position), self.capacity, state.k.shape[1], state.k.shape[3])
+                self.states[i] = self.states[i] or FixedCache(
+                    state.k.new_zeros(shape), state.v.new_zeros(shape), self.slots)
+                self.fill(self.states[i], state)
+            elif self.states[i] is None:
+                self.states[i] = type(state)(*(t.clone() for t in state))
+            else:
+                for old, new in zip(self.states[i], state):
+                    old.copy_(new)
+            states[i] = None
         return self
 
     def fill(self, fixed, state):
-        if not isinstance(state, KVCache):
-            for old, new in zip(fixed, state):
-                old.copy_(new)
-            return
         for buffer, grown in ((fixed.k, state.k), (fixed.v, state.v)):
             real = grown[:, :, :state.length].transpose(1, 2)                         # (B, S, G, P)
             if state.mask is not None:  # real keys to the front; they were rotated where they stood
                 order = (~state.mask).byte().argsort(dim=1, stable=True)[..., None, None]
                 real = real.gather(1, order.expand_as(real))
             buffer[:, :state.length] = real
-
-    def count(self, state):
-        if isinstance(state, KVCache):
-            held = state.length if state.mask is None else state.mask.sum(1)
-            self.slots.used.copy_(torch.as_tensor(held) + 1)
-            held = torch.as_tensor(held, device=self.slots.next.device)
-            self.slots.next.copy_(self.slots.starts[:-1] + held)
+        held = state.length if state.mask is None else state.mask.sum(1)
+        self.slots.used[:] = held + 1
+        self.slots.next[:] = self.slots.starts[:-1] + held
 
     def capture(self):
         """One step to learn the shapes, and on CUDA a second one as a graph; the buffers are as
@@ -186,11 +177,14 @@ class Replayed:
 
     def advance(self):
         logits, fresh = self.step(self.tokens, self.states, self.position)
-        for old, new in zip(tensors(self.states), tensors(fresh)):
-            old.copy_(new)
-        self.logits.copy_(logits)
         for counter in (self.position, self.slots.next, self.slots.used):
             counter += 1
+        if self.logits is None:
+            self.states = fresh
+            return logits
+        for old, new in zip(tensors(self.states), tensors(fresh)):
+            old.copy_(new)
+        return self.logits.copy_(logits)
 
     @torch.inference_mode()
     def __call__(self, tokens):
@@ -198,15 +192,9 @@ class Replayed:
             raise RuntimeError(f"there is no room for another step: all {self.capacity} are taken")
         self.left -= 1
         self.tokens.copy_(tokens)
-        if self.graph:
-            self.graph.replay()
-        elif self.logits is not None:
-            self.advance()
-        else:
-            logits, self.states = self.step(self.tokens, self.states, self.position)
-            for counter in (self.position, self.slots.next, self.slots.used):
-                counter += 1
-            return logits
+        if not self.graph:
+            return self.advance()
+        self.graph.replay()
         return self.logits
 
 

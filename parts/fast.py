@@ -1,10 +1,10 @@
 """The fast forms of what mamba2.py, gdn.py and model.py show plainly. Nothing here is needed to
 follow the method.
 
-    ssd_scan       mamba2.chunked_ssd        on a CPU a chunk at a time, with a backward pass written by hand;
-    delta_scan     gdn.chunked_delta_rule    on a GPU a block of many chunks at once
-    depthwise      the short convolution over whole sequences
-    norm_rotate, swiglu, gate_heads, ...     chains of elementwise steps, on a GPU one kernel each
+    ssd_scan      mamba2.chunked_ssd        on a CPU a chunk at a time, with a backward pass
+    delta_scan    gdn.chunked_delta_rule    written by hand; on a GPU a block of chunks at once
+    convolve      the short convolution over whole sequences
+    norm_rotate, SwiGLU, gate_heads, ...    chains of elementwise steps, on a GPU one kernel each
 
 Autograd would keep every Q x Q matrix of a scan. Both forms keep the inputs and a few states, and
 compute the rest anew in the backward pass. On a CPU a chunk stays in cache, which is what makes it
@@ -35,9 +35,9 @@ def compiling(like):
 
 
 def fused(f=None, *, training=True):
-    """On a GPU, f by torch.compile: its elementwise steps become one kernel. Elsewhere f itself, and
-    with training=False wherever gradients are recorded. The first argument is a tensor. Where nothing
-    can be compiled (no C compiler, say), f stays as it is, with a warning."""
+    """On a GPU, f by torch.compile: its elementwise steps become one kernel. Elsewhere f itself,
+    and with training=False wherever gradients are recorded. The first argument is a tensor. Where
+    nothing can be compiled (no C compiler, say), f stays as it is, with a warning."""
     if f is None:
         return partial(fused, training=training)
     compiled = None
@@ -82,63 +82,75 @@ def sum_groups(z, like):
 
 
 # --------------------------------------------------------------------------------------------------
-# On a CPU: Mamba-2, a chunk at a time
+# On a CPU: a chunk at a time
 
 
 class Chunk(NamedTuple):
-    """Q positions, batch and heads as one dimension, with what both passes need of them."""
-    x: torch.Tensor          # (bh, Q, P)
-    B: torch.Tensor          # (bh, Q, N)
-    C: torch.Tensor          # (bh, Q, N)
-    dt: torch.Tensor         # (bh, Q, 1)
-    L: torch.Tensor      # (bh, Q, Q)  decay from s to t: exp(sum of log a over s+1..t); 0 for s > t
+    """Q positions, batch and heads as one dimension. Mamba-2's C, B, x and dt are q, k, v and gain,
+    as the delta rule's beta is."""
+    q: torch.Tensor          # (bh, Q, N)
+    k: torch.Tensor          # (bh, Q, N)
+    v: torch.Tensor          # (bh, Q, P)
+    gain: torch.Tensor       # (bh, Q, 1)
+    L: torch.Tensor          # (bh, Q, Q)  decay from s to t: exp(sum of log a over s+1..t); or 0
     start: torch.Tensor      # (bh, Q, 1)  decay from before the chunk to t
     end: torch.Tensor        # (bh, Q, 1)  decay from t to the end of the chunk
-    M: torch.Tensor          # (bh, Q, Q)  L * C B^T: what attention would call its weights
+    M: torch.Tensor          # (bh, Q, Q)  L * q k^T: what attention would call its weights
 
 
-def decays(log_a):
-    """L, start and end of one chunk, from log_a (bh,Q,1)."""
-    total = log_a.cumsum(1)                                                           # (bh, Q, 1)
+def make_chunk(at, q, k, v, log_a, gain):
+    """The Chunk at positions `at` (a slice)."""
+    q, k, v = (to_heads(z[:, at], q.shape[2], z[:, at].shape[1], gain.dtype) for z in (q, k, v))
+    total = log_a[:, at].cumsum(1)                                                    # (bh, Q, 1)
     # Differences first, then exp: exp(total_t) / exp(total_s) would be 0 / 0 under strong decay.
     # Above the diagonal exp may overflow, but tril_ writes its zeros over whatever is there.
-    return (total - total.mT).exp_().tril_(), total.exp(), (total[:, -1:] - total).exp_()
+    L, end = (total - total.mT).exp_().tril_(), (total[:, -1:] - total).exp_()
+    return Chunk(q, k, v, gain[:, at], L, total.exp(), end, torch.bmm(q, k.mT).mul_(L))
 
 
-def make_chunk(at, x, dt, log_a, B, C):
-    """The Chunk at positions `at` (a slice)."""
-    x, B, C = (to_heads(z[:, at], C.shape[2], z[:, at].shape[1], dt.dtype) for z in (x, B, C))
-    L, start, end = decays(log_a[:, at])
-    return Chunk(x, B, C, dt[:, at], L, start, end, torch.bmm(C, B.mT).mul_(L))
+def read(c, state, u):
+    """What Chunk c reads (bh,Q,P): causal attention to what enters, u (bh,Q,P), with decay in the
+    place of softmax; and the state before."""
+    return torch.bmm(c.q, state.mT).mul_(c.start).baddbmm_(c.M, u)
 
 
-def advance(c, state):
-    """The state (bh,P,N) after Chunk c."""
-    return (state * c.start[:, -1:]).baddbmm_((c.dt * c.end * c.x).mT, c.B)
+def carry(c, state, late):
+    """The state (bh,P,N) after Chunk c, which adds late (bh,Q,P), u decayed to the chunk's end."""
+    return (state * c.start[:, -1:]).baddbmm_(late.mT, c.k)
+
+
+def read_backward(c, state, u, g, dstate):
+    """g: the gradient of what was read, dstate: of the state after the chunk -> of q k^T, q and u;
+    and g as it reaches back to the chunk's start."""
+    dM, early = torch.bmm(g, u.mT).mul_(c.L), g * c.start                             # (bh, Q, Q)
+    dq = torch.bmm(early, state).baddbmm_(dM, c.k)                                    # (bh, Q, N)
+    return dM, dq, torch.bmm(c.k, dstate.mT).mul_(c.end).baddbmm_(c.M.mT, g), early
+
+
+def decay_backward(dtotal, after, dstate):
+    """The gradient of log_a (bh,Q,1) from that of its sum up to t, which scales all that t reads
+    and divides all that t writes; the whole chunk's also scales the state that it hands on."""
+    dtotal[:, -1] += (after * dstate).sum((1, 2))[:, None]
+    return dtotal.flip(1).cumsum(1).flip(1)
 
 
 class ChunkedSSD(torch.autograd.Function):
-    """x (B,T,G,P), dt and log_a = dt A (bh,T,1), B (B,T,G,N), C (B,T,H,N), D (bh,1,1), state
-    (bh,P,N), Q.
-
-    Within a chunk, M (dt x) with M = L * C B^T is causal attention, decay in the place of softmax.
-    The backward pass keeps the inputs and the state before every fourth chunk.
-    """
+    """C (B,T,H,N), B (B,T,G,N), x (B,T,G,P), log_a = dt A and dt (bh,T,1), D (bh,1,1), state
+    (bh,P,N), Q. The backward pass keeps the inputs and the state before every fourth chunk."""
     SPAN = 4                                                # chunks from one kept state to the next
 
     @staticmethod
-    def forward(ctx, x, dt, log_a, B, C, D, state, Q):
-        (b, T, _, P), H = x.shape, C.shape[2]
+    def forward(ctx, C, B, x, log_a, dt, D, state, Q):
+        (b, T, H, _), P = C.shape, x.shape[3]
         y, kept = x.new_empty(b, T, H, P), []
         for t in range(0, T, Q):
             if t % (ChunkedSSD.SPAN * Q) == 0 and any(ctx.needs_input_grad):
                 kept.append(state)
             at = slice(t, t + Q)
-            c = make_chunk(at, x, dt, log_a, B, C)
-            out = torch.bmm(c.C, state.mT).mul_(c.start).baddbmm_(c.M, c.dt * c.x).addcmul_(D, c.x)
-            y[:, at] = sum_groups(out, y)
-            state = advance(c, state)
-        ctx.save_for_backward(x, dt, log_a, B, C, D, *kept, state)
+            c = make_chunk(at, C, B, x, log_a, dt)
+            y[:, at] = sum_groups(read(c, state, c.gain * c.v).addcmul_(D, c.v), y)
+            state = carry(c, state, c.gain * c.end * c.v)
+        ctx.save_for_backward(C, B, x, log_a, dt, D, *kept, state)
         ctx.Q = Q
         return y, state
 
@@ -146,67 +158,36 @@ class ChunkedSSD(torch.autograd.Function):
     @once_differentiable
     @outside_autocast
     def backward(ctx, dy, dstate):
-        x, dt, log_a, B, C, D, *kept, after = ctx.saved_tensors
-        dx, ddt, dlog_a, dB, dC, dD = (torch.zeros_like(z) for z in (x, dt, log_a, B, C, D))
+        C, B, x, log_a, dt, D, *kept, after = ctx.saved_tensors
+        dC, dB, dx, dlog_a, ddt, dD = (torch.zeros_like(z) for z in (C, B, x, log_a, dt, D))
         T, span = x.shape[1], ctx.Q * ChunkedSSD.SPAN
         for first in reversed(range(0, T, span)):
             # Forward once more through this span, to have each chunk and the state before it.
             ats = [slice(t, t + ctx.Q) for t in range(first, min(first + span, T), ctx.Q)]
-            chunks, states = [make_chunk(at, x, dt, log_a, B, C) for at in ats], [kept.pop()]
+            chunks, states = [make_chunk(at, C, B, x, log_a, dt) for at in ats], [kept.pop()]
             for c in chunks[:-1]:
-                states.append(advance(c, states[-1]))
+                states.append(carry(c, states[-1], c.gain * c.end * c.v))
             for at, c, before in reversed(list(zip(ats, chunks, states))):
-                u, g = c.dt * c.x, to_heads(dy[:, at], C.shape[2], c.x.shape[1], dt.dtype)      # (bh, Q, P)
-                early, late = g * c.start, u * c.end
-                dG = torch.bmm(g, u.mT).mul_(c.L)                            # (bh, Q, Q), G = C B^T
-                dc = torch.bmm(early, before).baddbmm_(dG, c.B)                       # (bh, Q, N)
-                db = torch.bmm(late, dstate).baddbmm_(dG.mT, c.C)                     # (bh, Q, N)
-                du = torch.bmm(c.B, dstate.mT).mul_(c.end).baddbmm_(c.M.mT, g)        # (bh, Q, P)
-                ddt[:, at] = (c.x * du).sum(-1, keepdim=True)
-                # The log-decay summed up to t scales all that C_t reads and divides all that u_t
-                # writes: its gradient is C_t.dC_t - u_t.du_t. The whole chunk's also scales the
-                # state that it hands on.
-                dtotal = (c.C * dc).sum(-1, keepdim=True) - c.dt * ddt[:, at]         # (bh, Q, 1)
-                dtotal[:, -1] += (after * dstate).sum((1, 2))[:, None]
-                dlog_a[:, at] = dtotal.flip(1).cumsum(1).flip(1)                 # undoes the cumsum
-                dD += (g * c.x).sum((1, 2), keepdim=True)
-                dx[:, at] = sum_groups(du.mul_(c.dt).addcmul_(D, g), x)
-                dB[:, at], dC[:, at] = sum_groups(db, B), sum_groups(dc, C)
-                dstate = (dstate * c.start[:, -1:]).baddbmm_(early.mT, c.C)           # (bh, P, N)
+                u, g = c.gain * c.v, to_heads(dy[:, at], C.shape[2], c.v.shape[1], dt.dtype)
+                dM, dq, du, early = read_backward(c, before, u, g, dstate)
+                dk = torch.bmm(u * c.end, dstate).baddbmm_(dM.mT, c.q)                # (bh, Q, N)
+                ddt[:, at] = (c.v * du).sum(-1, keepdim=True)
+                dtotal = (c.q * dq).sum(-1, keepdim=True) - c.gain * ddt[:, at]       # (bh, Q, 1)
+                dlog_a[:, at] = decay_backward(dtotal, after, dstate)
+                dD += (g * c.v).sum((1, 2), keepdim=True)
+                dx[:, at] = sum_groups(du.mul_(c.gain).addcmul_(D, g), x)
+                dB[:, at], dC[:, at] = sum_groups(dk, B), sum_groups(dq, C)
+                dstate = (dstate * c.start[:, -1:]).baddbmm_(early.mT, c.q)           # (bh, P, N)
                 after = before
-        return dx, ddt, dlog_a, dB, dC, dD, dstate, None
-
-
-# --------------------------------------------------------------------------------------------------
-# On a CPU: the delta rule, a chunk at a time
-
-
-class DeltaChunk(NamedTuple):
-    """Q positions, batch and heads as one dimension, with what both passes need of them."""
-    q: torch.Tensor          # (bh, Q, N)
-    k: torch.Tensor          # (bh, Q, N)
-    v: torch.Tensor          # (bh, Q, P)
-    beta: torch.Tensor       # (bh, Q, 1)
-    L: torch.Tensor          # (bh, Q, Q)  as in Chunk, with start and end
-    start: torch.Tensor      # (bh, Q, 1)
-    end: torch.Tensor        # (bh, Q, 1)
-    M: torch.Tensor          # (bh, Q, Q)  L * q k^T: what attention would call its weights
-    K: torch.Tensor          # (bh, Q, Q)  L * k k^T: how much of what s stored key t finds
-
-
-def make_delta_chunk(at, q, k, v, log_a, beta):
-    """The DeltaChunk at positions `at` (a slice)."""
-    q, k, v = (to_heads(z[:, at], q.shape[2], z[:, at].shape[1], beta.dtype) for z in (q, k, v))
-    L, start, end = decays(log_a[:, at])
-    return DeltaChunk(q, k, v, beta[:, at], L, start, end, torch.bmm(q, k.mT).mul_(L), torch.bmm(k, k.mT).mul_(L))
+        return dC, dB, dx, dlog_a, ddt, dD, dstate, None
 
 
 class ChunkedDeltaRule(torch.autograd.Function):
     """q (B,T,H,N), k (B,T,G,N), v (B,T,G,P), log_a and beta (bh,T,1), state (bh,P,N), Q.
 
-    gdn.chunked_delta_rule says what is solved; once the errors p are known a chunk goes as in
-    ChunkedSSD. The backward pass keeps the inputs, p, and the state before each chunk. The system
-    is solved, not inverted by a product of powers of K: for like keys these grow to binomial size.
+    gdn.chunked_delta_rule says what is solved; once the errors p are known, u = beta p enters. The
+    backward pass keeps the inputs, p, and the state before each chunk. The system is solved, not
+    inverted by a product of powers of K: for like keys these grow to binomial size.
     """
 
     @staticmethod
@@ -215,13 +196,13 @@ class ChunkedDeltaRule(torch.autograd.Function):
         y, states, errors = v.new_empty(b, T, H, P), [state], state.new_empty(b * H, T, P)
         for t in range(0, T, Q):
             at = slice(t, t + Q)
-            c = make_delta_chunk(at, q, k, v, log_a, beta)
+            c = make_chunk(at, q, k, v, log_a, beta)
             p = c.v - torch.bmm(c.k, state.mT).mul_(c.start)                          # (bh, Q, P)
-            p = torch.linalg.solve_triangular(c.K * c.beta.mT, p, upper=False, unitriangular=True)
-            u = c.beta * p
-            out = torch.bmm(c.q, state.mT).mul_(c.start).baddbmm_(c.M, u)
-            y[:, at] = sum_groups(out, y)
-            state = (state * c.start[:, -1:]).baddbmm_((u * c.end).mT, c.k)           # (bh, P, N)
+            K = torch.bmm(c.k, c.k.mT).mul_(c.L)        # how much of what s stored key t finds
+            p = torch.linalg.solve_triangular(K * c.gain.mT, p, upper=False, unitriangular=True)
+            u = c.gain * p
+            y[:, at] = sum_groups(read(c, state, u), y)
+            state = carry(c, state, u * c.end)
             states.append(state)
             errors[:, at] = p
         ctx.save_for_backward(q, k, v, log_a, beta, errors, *states)
@@ -235,29 +216,26 @@ class ChunkedDeltaRule(torch.autograd.Function):
         q, k, v, log_a, beta, errors, *states = ctx.saved_tensors
         dq, dk, dv, dlog_a, dbeta = (torch.empty_like(z) for z in (q, k, v, log_a, beta))
         for i in reversed(range(len(states) - 1)):
-            at = slice(i * ctx.Q, (i + 1) * ctx.Q)
-            c, before, after, p = make_delta_chunk(at, q, k, v, log_a, beta), states[i], states[i + 1], errors[:, at]
-            u, g = c.beta * p, to_heads(dy[:, at], q.shape[2], p.shape[1], beta.dtype)  # (bh, Q, P)
-            du = torch.bmm(c.k, dstate.mT).mul_(c.end).baddbmm_(c.M.mT, g)     # of y and the state;
-            # what t stores also bears on the later errors, by the same system, transposed:
-            w = torch.linalg.solve_triangular((c.K * c.beta).mT, du, upper=True, unitriangular=True)
-            e = c.beta * w                                                  # that of p, and so of v
-            dM = torch.bmm(g, u.mT).mul_(c.L)                                         # of q k^T
-            dK = torch.bmm(e, u.mT).mul_(c.L).tril_(-1)                               # of -k k^T
-            early, late = g * c.start, e * c.start
-            # Keys are written to the state, and read it for the error: `read` is the gradient of -k
-            # in that.
-            read = torch.bmm(late, before).baddbmm_(dK, c.k)                          # (bh, Q, N)
-            write = torch.bmm(u, dstate).mul_(c.end).baddbmm_(dM.mT, c.q).baddbmm_(dK.mT, c.k, alpha=-1)
-            find = torch.bmm(early, before).baddbmm_(dM, c.k)                     # of q, (bh, Q, N)
-            # The log-decay summed up to t scales all that t reads and divides all that t writes.
-            # The whole chunk's also scales the state that it hands on.
-            dtotal = (c.q * find - c.k * (read + write)).sum(-1, keepdim=True)        # (bh, Q, 1)
-            dtotal[:, -1] += (after * dstate).sum((1, 2))[:, None]
-            dlog_a[:, at] = dtotal.flip(1).cumsum(1).flip(1)                     # undoes the cumsum
+            at, before, after = slice(i * ctx.Q, (i + 1) * ctx.Q), states[i], states[i + 1]
+            c, p = make_chunk(at, q, k, v, log_a, beta), errors[:, at]
+            u, g = c.gain * p, to_heads(dy[:, at], q.shape[2], p.shape[1], beta.dtype)
+            dM, find, du, early = read_backward(c, before, u, g, dstate)
+            # What t stores also bears on the later errors, by the same system, transposed.
+            K = torch.bmm(c.k, c.k.mT).mul_(c.L)
+            w = torch.linalg.solve_triangular((K * c.gain).mT, du, upper=True, unitriangular=True)
+            e = c.gain * w                                              # that of p, and so of v
+            dK, late = torch.bmm(e, u.mT).mul_(c.L).tril_(-1), e * c.start            # of -k k^T
+            # Keys are written to the state, and read it for the error: the gradient of -k in that.
+            found = torch.bmm(late, before).baddbmm_(dK, c.k)                         # (bh, Q, N)
+            write = torch.bmm(u, dstate).mul_(c.end).baddbmm_(dM.mT, c.q)
+            write.baddbmm_(dK.mT, c.k, alpha=-1)
+            dtotal = (c.q * find - c.k * (found + write)).sum(-1, keepdim=True)       # (bh, Q, 1)
+            dlog_a[:, at] = decay_backward(dtotal, after, dstate)
             dbeta[:, at] = (p * w).sum(-1, keepdim=True)
-            dq[:, at], dk[:, at], dv[:, at] = sum_groups(find, q), sum_groups(write - read, k), sum_groups(e, v)
-            dstate = (dstate * c.start[:, -1:]).baddbmm_(early.mT, c.q).baddbmm_(late.mT, c.k, alpha=-1)
+            dq[:, at], dk[:, at] = sum_groups(find, q), sum_groups(write - found, k)
+            dv[:, at] = sum_groups(e, v)
+            dstate = (dstate * c.start[:, -1:]).baddbmm_(early.mT, c.q)
+            dstate.baddbmm_(late.mT, c.k, alpha=-1)                                   # (bh, P, N)
         return dq, dk, dv, dlog_a, dbeta, dstate, None
 
 
@@ -265,13 +243,19 @@ class ChunkedDeltaRule(torch.autograd.Function):
 # On a GPU: blocks of n chunks, each a plain function that autograd differentiates
 
 
+def decays(total):
+    """total (rows,n,1), the log of the decay from the front to t -> (rows,n,n), the decay from s to
+    t, and 0 for s > t. The mask comes before exp, which would overflow above the diagonal and make
+    its gradient no number."""
+    n = total.shape[1]
+    above = torch.ones(n, n, dtype=torch.bool, device=total.device).triu(1)
+    return (total - total.mT).masked_fill(above, float("-inf")).exp()
+
+
 @fused
 def decayed(z, total):
-    """z (rows,Q,Q) times the decay from s to t, and 0 for s > t; total (rows,Q,1), the log of it
-    from before the chunk. The mask comes before exp, which would overflow above the diagonal and
-    make its gradient no number."""
-    above = torch.ones(z.shape[1], z.shape[1], dtype=torch.bool, device=z.device).triu(1)
-    return (z * (total - total.mT).masked_fill(above, float("-inf")).exp()).to(z.dtype)
+    """z (rows,Q,Q) times the decay within a chunk."""
+    return (z * decays(total)).to(z.dtype)
 
 
 @fused
@@ -279,13 +263,14 @@ def scaled(x, C, dt, total):
     """-> what each position adds, as this chunk reads it and as the chunk's end has it; what reads
     the state before."""
     u = x * dt                                                                        # (rows, Q, P)
-    return u.to(x.dtype), (u * (total[:, -1:] - total).exp()).to(x.dtype), (C * total.exp()).to(C.dtype)
+    inside, late = u.to(x.dtype), (u * (total[:, -1:] - total).exp()).to(x.dtype)
+    return inside, late, (C * total.exp()).to(C.dtype)
 
 
 @fused
 def finished(y, D, x, state, added, w):
-    """y + D x, both (B,H,T,P); and the state after all chunks (bh,P,N), from the one before them and
-    what each added (bh,n,P,N), by their decays w (bh,n+1), in fp32."""
+    """y + D x, both (B,H,T,P); and the state after all chunks (bh,P,N), from the one before them
+    and what each added (bh,n,P,N), by their decays w (bh,n+1), in fp32."""
     w = w[..., None, None]
     return (y + D[:, None, None] * x).to(y.dtype), w[:, 0] * state + (w[:, 1:] * added).sum(1)
 
@@ -295,9 +280,7 @@ def between(total, n):
     before all of them) to the state before chunk t (bh,n,n), and to the state after the last
     (bh,n+1)."""
     each = F.pad(total[:, -1].view(-1, n), (1, 0)).cumsum(1)                          # (bh, n + 1)
-    before = each[:, :n, None]
-    above = torch.ones(n, n, dtype=torch.bool, device=total.device).triu(1)
-    return (before - before.mT).masked_fill(above, float("-inf")).exp(), (each[:, -1:] - each).exp()
+    return decays(each[:, :n, None]), (each[:, -1:] - each).exp()
 
 
 def ssd_block(x, dt, B, C, state, A, D, Q):
@@ -337,9 +320,10 @@ def delta_block(q, k, v, log_a, beta, state, Q):
     v, w = solved.split([P, N], 2)                                                   # p = v - w S^T
     stored = beta * (whole - total).exp()
     U = torch.bmm((stored * v).to(low).mT, k).to(state.dtype).view(b, H, n, P, N)
-    F_ = torch.diag_embed(whole.exp().expand(-1, 1, N)[:, 0]) - torch.bmm((stored * w).to(low).mT, k)
+    keep = torch.diag_embed(whole.exp().expand(-1, 1, N)[:, 0])                       # (rows, N, N)
+    keep = keep - torch.bmm((stored * w).to(low).mT, k)                               # F above
     states = [state]
-    for f, u in zip(F_.view(b, H, n, N, N).unbind(2), U.unbind(2)):
+    for f, u in zip(keep.view(b, H, n, N, N).unbind(2), U.unbind(2)):
         states.append(states[-1] @ f + u)                                             # (B, H, P, N)
     before = torch.stack(states[:-1], 2).view(-1, P, N).to(low)                       # (rows, P, N)
     p = v.to(low) - torch.bmm(w.to(low), before.mT)
@@ -376,10 +360,10 @@ class BlockScan(torch.autograd.Function):
         saved, m = ctx.saved_tensors, ctx.sequences
         inputs = saved[:len(saved) - len(ctx.blocks) + 1]
         states = [inputs[m], *saved[len(inputs):]]
-        grads = [torch.empty_like(z) if i < m else torch.zeros_like(z) for i, z in enumerate(inputs)]
+        grads = [torch.zeros_like(z) for z in inputs]
         for at, state in zip(reversed(ctx.blocks), reversed(states)):
-            leaves = [(z[:, at] if i < m else z).detach().requires_grad_() for i, z in enumerate(inputs)]
-            leaves[m] = state.detach().requires_grad_()
+            pieces = [*(z[:, at] for z in inputs[:m]), state, *inputs[m + 1:]]
+            leaves = [z.detach().requires_grad_() for z in pieces]
             with torch.enable_grad():
                 outputs = ctx.block(*leaves, ctx.Q)
             found = torch.autograd.grad(outputs, leaves, (dy[:, at], dstate))
@@ -394,7 +378,7 @@ class BlockScan(torch.autograd.Function):
 
 
 def whole_chunks(Q, *sequences):
-    """(B,T,...) each, zeros behind them up to a multiple of Q: they add nothing, and decay nothing."""
+    """(B,T,...) each, with zeros behind up to a multiple of Q: they add nothing, decay nothing."""
     short = -sequences[0].shape[1] % Q
     return [F.pad(z, (0, 0) * (z.dim() - 2) + (0, short)) if short else z for z in sequences]
 
@@ -411,18 +395,18 @@ def chunks_at_once(bh, Q):
 def ssd_scan(x, dt, A, B, C, D, state, Q=None, n=None):
     """mamba2.ssd for T > 1: arguments checked and masked, dt, A, D and state in fp32 at least. Q
     positions a chunk: about P on a CPU, as work within chunks then costs as much as work between
-    them. n chunks at once: 0 on a CPU, where it means one, by hand."""
+    them. n: chunks in a block; None: as many as fit, and on a CPU no blocks."""
     (b, T, _, P), H = x.shape, C.shape[2]
     if kernels := kernel("mamba_ssm.ops.triton.ssd_combined", x):
         return mamba_ssm_scan(kernels, x, dt, A, B, C, D, state)
     Q = Q or (128 if x.is_cuda else min(64, max(32, P)))
     if x.is_cuda or n:
-        padded = whole_chunks(Q, x, dt, B, C)
-        y, state = BlockScan.apply(ssd_block, Q, n or chunks_at_once(b * H, Q), 4, *padded, state, A, D)
+        n, padded = n or chunks_at_once(b * H, Q), whole_chunks(Q, x, dt, B, C)
+        y, state = BlockScan.apply(ssd_block, Q, n, 4, *padded, state, A, D)
         return y[:, :T], state
     rows = dt.mT.reshape(b * H, T, 1)
     A, D = (z.repeat(b).view(-1, 1, 1) for z in (A, D))
-    y, state = ChunkedSSD.apply(x, rows, rows * A, B, C, D, state.flatten(0, 1), Q)
+    y, state = ChunkedSSD.apply(C, B, x, rows * A, rows, D, state.flatten(0, 1), Q)
     return y, state.unflatten(0, (b, H))
 
 
@@ -432,8 +416,8 @@ def delta_scan(q, k, v, log_a, beta, state, Q=None, n=None):
     b, T, H = log_a.shape
     Q = Q or min(64, max(32, v.shape[3]))
     if v.is_cuda or n:
-        padded = whole_chunks(Q, q, k, v, log_a, beta)
-        y, state = BlockScan.apply(delta_block, Q, n or chunks_at_once(b * H, Q), 5, *padded, state)
+        n, padded = n or chunks_at_once(b * H, Q), whole_chunks(Q, q, k, v, log_a, beta)
+        y, state = BlockScan.apply(delta_block, Q, n, 5, *padded, state)
         return y[:, :T], state
     rows = (z.mT.reshape(b * H, T, 1) for z in (log_a, beta))
     y, state = ChunkedDeltaRule.apply(q, k, v, *rows, state.flatten(0, 1), Q)
@@ -463,16 +447,17 @@ class Depthwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, weight):
         ctx.save_for_backward(u, weight)
-        with torch.autocast(u.device.type, enabled=False):    # the backward pass has u's dtype, so this must too
+        with torch.autocast(u.device.type, enabled=False):    # in u's dtype, as the backward pass
             return depthwise(u, weight)
 
     @staticmethod
     @once_differentiable
     @outside_autocast
     def backward(ctx, dy):
-        u, weight = ctx.saved_tensors
+        (u, weight), du = ctx.saved_tensors, None
         before = weight.shape[1] - 1
-        du = depthwise(F.pad(dy, (0, 0, before, before)), weight.flip(1)) if ctx.needs_input_grad[0] else None
+        if ctx.needs_input_grad[0]:
+            du = depthwise(F.pad(dy, (0, 0, before, before)), weight.flip(1))
         return du, tap_gradients(dy, u, before + 1)
 
 
@@ -512,11 +497,6 @@ class SwiGLU(torch.autograd.Function):
         return silu_times_backward(d, *ctx.saved_tensors)
 
 
-def rotate_half(x):
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((-b, a), dim=-1)
-
-
 def norm_then_round(x, weight, eps):
     """RMSNorm as transformers has it: in fp32, rounded to x's dtype, then times weight."""
     return F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype) * weight
@@ -541,10 +521,15 @@ def rms_norm(x, weight, eps):
 
 
 def norm_scale(x, weight, eps, scale):
-    """RMSNorm over heads, times a constant, in x's dtype: autocast would let norms answer in fp32."""
+    """RMSNorm over heads, times a constant, in x's dtype, where autocast would have fp32."""
     if x.is_cuda and x.dtype.itemsize == 2:
         return norm_in_one(x, weight * scale, eps)
     return (F.rms_norm(x, x.shape[-1:], weight, eps) * scale).to(x.dtype)
+
+
+def rotate_half(x):
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((-b, a), dim=-1)
 
 
 def rotate(x, cos, sin):
@@ -557,8 +542,8 @@ norm_then_rotate = fused(lambda x, weight, cos, sin, eps: rotate(
 
 
 def norm_rotate(x, weight, cos, sin, eps):
-    """RMSNorm over heads, then the rotary embedding: x (B,H,T,P), cos and sin (B,1,T,P). In training
-    on a GPU not compiled: the backward pass of a norm takes long to make."""
+    """RMSNorm over heads, then the rotary embedding: x (B,H,T,P), cos and sin (B,1,T,P). In
+    training on a GPU not compiled: the backward pass of a norm takes long to make."""
     if x.is_cuda and torch.is_grad_enabled():
         return rotate(rms_norm(x, weight, eps), cos, sin)
     return norm_then_rotate(x, weight, cos, sin, eps)
@@ -616,12 +601,13 @@ def mamba_ssm_step(x, dt, A, B, C, D, state):
     """mamba2.step by mamba-ssm, or None where it cannot serve. The kernel writes the state in place
     and has no backward pass. dt and A are expanded, with strides of 0, by which it knows that they
     are one number for a head; it then asks for a dt_bias of the same kind."""
-    kernels = None if torch.is_grad_enabled() else kernel("mamba_ssm.ops.triton.selective_state_update", x)
-    if not kernels:
+    kernels = kernel("mamba_ssm.ops.triton.selective_state_update", x)
+    if not kernels or torch.is_grad_enabled():
         return None
     x, B = (z.repeat_interleave(C.shape[1] // z.shape[1], dim=1) for z in (x, B))       # (B, H, .)
     (x, B, C), y_dtype = (z.to(state.dtype) for z in (x, B, C)), x.dtype
     P, N, state = x.shape[-1], B.shape[-1], state.clone()
-    bias = torch.zeros_like(A)[:, None].expand(-1, P)
-    dt, A, D = dt[..., None].expand(-1, -1, P), A[:, None, None].expand(-1, P, N), D[:, None].expand(-1, P)
-    return kernels.selective_state_update(state, x, dt, A, B, C, D=D, dt_bias=bias).to(y_dtype), state
+    dt, A = dt[..., None].expand(-1, -1, P), A[:, None, None].expand(-1, P, N)
+    D, bias = (z[:, None].expand(-1, P) for z in (D, torch.zeros_like(D)))
+    y = kernels.selective_state_update(state, x, dt, A, B, C, D=D, dt_bias=bias)
+    return y.to(y_dtype), state

@@ -48,9 +48,10 @@ def made_up(n, seed=0, layers=3):
         density = np.full(T, 0.4)
         density[visual] = rho
         drift = density + 0.2 * visual + 0.1 * np.arange(layers)[:, None] + attention + rng.gamma(2, 0.1, (layers, T))
-        out.append(Seen(f"page {i}", "made up", visual, rho, drift, rng.gamma(9, 1, (layers, T)), drift / 9, attention,
+        out.append(Seen(visual, rho, drift, rng.gamma(9, 1, (layers, T)), drift / 9, attention,
                         np.sort(rng.normal(0.5, 1, 10)), rho + rng.normal(0, 0.1, len(rho)),
-                        rng.gamma(1, 1, (2, len(rho))) * rho, Image.new("RGB", (9, 9)), (1, len(rho))))
+                        rng.gamma(1, 1, (2, len(rho))) * rho, (1, len(rho)), {},
+                        (Image.new("RGB", (9, 9)), "question?", "answer")))
     return out
 
 
@@ -73,8 +74,8 @@ def test_spearman_is_pearsons_of_mean_ranks_and_undefined_for_a_constant():
 def test_unique_r_squared_is_the_squared_part_correlation(name):
     """A predictor's unique share is the squared correlation of the target with what the others leave of it."""
     pages = made_up(6)
-    rows = np.concatenate([np.stack(design(one, READINGS[name], [0, 2])) for one in pages], axis=1)
-    joint, unique, slopes = semi_partial(sum(gram(design(one, READINGS[name], [0, 2])) for one in pages))
+    rows = np.concatenate([np.stack(design(one, [0, 2], **READINGS[name])) for one in pages], axis=1)
+    joint, unique, slopes = semi_partial(sum(gram(design(one, [0, 2], **READINGS[name])) for one in pages))
     X, y = np.vstack([np.ones(rows.shape[1]), rows[:-1]]).T, rows[-1]
     residual = y - X @ np.linalg.lstsq(X, y, rcond=None)[0]
     assert joint == pytest.approx(1 - residual.var() / y.var(), abs=1e-10)
@@ -101,20 +102,20 @@ def test_rows_of_the_regression_are_as_each_reading_says(name, text, text_too, l
             if p in rho or text_too:
                 y = one.drift[k, p] / (one.size[k, p] if relative else 1)
                 rows.append([rho.get(p, text * np.mean(one.rho)), float(p in rho), k + 1, one.attention[k, p], y])
-    np.testing.assert_allclose(np.stack(design(one, READINGS[name], [0, 2]), 1), rows)
+    np.testing.assert_allclose(np.stack(design(one, [0, 2], **READINGS[name]), 1), rows)
 
 
 def test_the_bootstrap_fits_every_resample_of_pages_anew():
     pages, fit = made_up(12), []
     for counts in resamples(12)[:20].astype(int):
-        rows = np.concatenate([np.stack(design(pages[i], READINGS["all positions and layers"], [0]))
+        rows = np.concatenate([np.stack(design(pages[i], [0]))
                                for i, n in enumerate(counts) for _ in range(n)], axis=1)
         X, y = np.vstack([np.ones(rows.shape[1]), rows[:-1]]).T, rows[-1]
 
         def r2(X):
             return 1 - (y - X @ np.linalg.lstsq(X, y, rcond=None)[0]).var() / y.var()
         fit.append([r2(X), *(r2(X) - r2(np.delete(X, k + 1, axis=1)) for k in range(4))])
-    grams = np.stack([gram(design(one, READINGS["all positions and layers"], [0])) for one in pages])
+    grams = np.stack([gram(design(one, [0])) for one in pages])
     joint, unique, _ = semi_partial(np.tensordot(resamples(12)[:20], grams, 1))
     np.testing.assert_allclose(np.column_stack([joint, unique]), fit, atol=1e-10)
 
@@ -135,12 +136,12 @@ def test_a_predictor_that_alone_makes_the_drift_explains_it_all():
         density = np.full(len(one.visual), 2 * one.rho.mean())
         density[one.visual] = one.rho
         one.drift = np.tile(3 * density + 1, (3, 1))
-    fit = regression(pages, READINGS["all positions and layers"], [0])
+    fit = regression(pages, [0], {})
     np.testing.assert_allclose(fit["joint"], 1, atol=1e-9)
     assert fit["density_largest"] == 1 and fit["unique"]["density"][1] > 0.3
     for one in pages:                                     # a student that does not drift: nothing is largest
         one.drift = np.zeros_like(one.drift)
-    fit = regression(pages, READINGS["all positions and layers"], [0])
+    fit = regression(pages, [0], {})
     assert fit["density_largest"] == 0 and math.isnan(fit["joint"][0])
 
 
@@ -230,14 +231,16 @@ def test_hiding_positions_equals_a_sequence_without_them(models):
 def test_a_page_is_measured_in_the_order_of_its_positions(models):
     """Groups and single positions are hidden where their density stands, not elsewhere."""
     teacher, student, (page, _) = models
-    one = diagnose.measure(teacher, student, page, Image.new("RGB", (7, 3)), each=True)
+    one = diagnose.measure(teacher, {"c1": student}, page, (Image.new("RGB", (7, 3)), "", ""), each=True)
     e, visual = embedded(teacher, page), (page.ids == teacher.config.image_token_id).nonzero()[:, 0]
-    rows = [[], [7], [20], np.flatnonzero(deciles(one.rho) == 9)]
+    needed = int(one.alone.argmax())                      # most others bear nothing on the answer
+    rows = [[], [needed], [20], np.flatnonzero(deciles(one.rho) == 9)]
     hidden = torch.zeros(4, len(page.ids), dtype=torch.bool)
     for row, where in zip(hidden, rows):
         row[visual[where]] = True
-    base, seventh, last, densest = diagnose.answer_scores(teacher, e, page.labels, hidden).tolist()
-    assert (one.alone[7], one.alone[20]) == pytest.approx((base - seventh, base - last), abs=1e-4)
+    base, without, last, densest = diagnose.answer_scores(teacher, e, page.labels, hidden).tolist()
+    assert (one.alone[needed], one.alone[20]) == pytest.approx((base - without, base - last), abs=1e-4)
+    assert one.alone[needed] > 0.01
     assert one.together[9] == pytest.approx(base - densest, abs=1e-4)
     assert one.fisher.shape == (6, 21) and one.drift.shape == (8, len(page.ids)) and one.grid == (3, 7)
 
@@ -260,7 +263,7 @@ def test_the_command_writes_table_results_and_pictures(folder, tmp_path, capsys)
         nn.init.zeros_(silent.layers[i].self_attn.o_proj.weight)
     silent.save_pretrained(tmp_path / "silent")
     diagnose.main(["--teacher", str(ROOT / "tiny"), "--student", folder, str(tmp_path / "silent"), "--images", "3",
-                   "--alone", "0", "--device", "cpu", "--out", str(tmp_path / "out")])
+                   "--alone", "2", "--device", "cpu", "--out", str(tmp_path / "out")])
     said, results = capsys.readouterr().out, json.loads((tmp_path / "out" / "results.json").read_text())
     assert "| 0.30 [0.27, 0.33] |" in said and "| 0.63 [0.49, 0.74] |" in said and results["pages"] == 3
     assert results["drift"]["turn"]["ratio"][0] == pytest.approx(

@@ -1,29 +1,31 @@
-"""How the embedded teacher was made: a Qwen3-VL of 2.9 M parameters that reads the pages of synthdoc.py.
+"""How the embedded teacher was made: a Qwen3-VL of 2.9 M parameters that reads synthdoc.py's pages.
 
-    torchrun --nproc-per-node 2 tiny/make_teacher.py --out out/teacher     # the log of the run: tiny/make_teacher.log
+    torchrun --nproc-per-node 2 tiny/make_teacher.py --out out/teacher
 
-It is exactly Qwen3-VL's architecture (DeepStack, merger, interleaved MRoPE, QK-norm) in small numbers, with its own
-byte-level BPE tokenizer that has Qwen's special tokens and template. Training everything at once from nothing does
-not work at this scale: the decoder cannot learn to look anything up before the tower can tell characters apart.
-So there are three lessons, the rows of LESSONS:
+It is exactly Qwen3-VL's architecture (DeepStack, merger, interleaved MRoPE, QK-norm) in small
+numbers, with its own byte-level BPE tokenizer that has Qwen's special tokens and template. Training
+everything at once from nothing does not work at this scale: the decoder cannot learn to look
+anything up before the tower can tell characters apart. So there are three lessons, the rows of
+LESSONS:
 
-    eyes       the vision tower and the merger name what each patch shows (character, handwritten digit, coloured
-               shape, or nothing) and where each token stands; half of the pages are drills crowded with random
-               characters, for sparse pages hold little to name
-    pages      everything learns to answer questions, many on each page, and to copy out what is written, which
-               supervises every character on it; naming goes on beside it
+    eyes       the vision tower and the merger name what each patch shows (character, handwritten
+               digit, coloured shape, or nothing) and where each token stands; half of the pages are
+               drills crowded with random characters, for sparse pages hold little to name
+    pages      everything learns to answer questions, many on each page, and to copy out what is
+               written, which supervises every character on it; naming goes on beside it
     questions  the tower rests; smaller batches, and more pages of the kinds that are harder
 
-Where things stand is half of reading: so the position table starts as sines and cosines, the tokens must keep them,
-and the rotary base is 100, for with Qwen's 5,000,000 and 16 frequencies neighbouring rows look alike.
+Where things stand is half of reading: so the position table starts as sines and cosines, the tokens
+must keep them, and the rotary base is 100, for with Qwen's 5,000,000 and 16 frequencies
+neighbouring rows look alike. Pages vary in size, so that position table and rotary learn to
+interpolate. Evaluation pages (split "eval") and the handwritten digits held out for them are never
+drawn. A run goes on from --out's train.pt when there is one.
 
-The log is of one run, two processes on two cores. In its first 66 minutes pages also held several values of one kind
-(up to four items with prices; four named bars) and asked for one of them, and until minute 81 two shapes were to be
-compared (above or below?): both stayed at chance. Then the world became what synthdoc.py says. The lesson "questions"
-came in three parts, of 15 minutes with a third of scenes, 10 with more of them, and 6 with digits and places as below.
-
-Pages vary in size, so that position table and rotary learn to interpolate. A run goes on from --out's train.pt when
-there is one. Evaluation pages (split "eval") and the handwritten digits held out for them are never drawn.
+make_teacher.log is of one run, two processes on two cores. In its first 66 minutes pages also held
+several values of one kind (up to four items with prices; four named bars) and asked for one of
+them, and until minute 81 two shapes were to be compared (above or below?): both stayed at chance.
+Then the world became what synthdoc.py says. The lesson "questions" came in three parts, of 15
+minutes with a third of scenes, 10 with more of them, and 6 with digits and places as below.
 """
 import argparse
 import json
@@ -43,25 +45,29 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from data import Processor, Sample, collate
+from formats import texts
 from model import Config, Qwen3VL, TextConfig, VisionConfig
-from synthdoc import (CHARS, COLOURS, SHAPES, World, blank, colour, count, dark, plain_text, relation, scans, scene,
-                      shape, stamp, write)
+from synthdoc import (CHARS, COLOURS, HELD_OUT_DIGITS, SHAPES, World, blank, colour, count, dark,
+                      plain_text, relation, scans, scene, shape, stamp, write)
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-           "<|image_pad|>", "<|video_pad|>"]
-CLASSES = ["nothing"] + list(CHARS) + [f"written {d}" for d in range(10)] + [f"{c} {s}" for c in COLOURS for s in SHAPES]
+BATCH = 32                                                # pages a process takes at once
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+           "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+CLASSES = ["nothing", *CHARS, *(f"written {d}" for d in range(10)),
+           *(f"{c} {s}" for c in COLOURS for s in SHAPES)]
 INDEX = {name: i for i, name in enumerate(CLASSES)}
-SIZES = [(4, 8), (6, 8), (8, 8), (10, 10)]                # rows and columns of cells; the last is the evaluation's
+SIZES = [(4, 8), (6, 8), (8, 8), (10, 10)]                # of pages in cells; the evaluation's last
 
 
 def make_tokenizer(path):
-    """Byte-level BPE over the world's questions and sentences; digits stay single, as in Qwen's tokenizer."""
-    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-               r"|\s+(?!\S)|\s+")
+    """Byte-level BPE over the world's questions and sentences; digits stay single, as Qwen's."""
+    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        pre_tokenizers.Split(Regex(pattern), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     world = World("train", 0, questions=9)
 
@@ -83,11 +89,13 @@ def write_folder(out):
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     ids = {t: tokenizer.token_to_id(t) for t in SPECIAL}
     config = Config(
-        text=TextConfig(vocab_size=tokenizer.get_vocab_size(), hidden_size=128, intermediate_size=384,
-                        num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-                        rope_theta=100.0, mrope_section=[6, 5, 5], max_position_embeddings=4096),
-        vision=VisionConfig(depth=3, hidden_size=96, intermediate_size=384, num_heads=4, patch_size=8,
-                            out_hidden_size=128, num_position_embeddings=400, deepstack_visual_indexes=[0, 1, 2]),
+        text=TextConfig(vocab_size=tokenizer.get_vocab_size(), hidden_size=128,
+                        intermediate_size=384, num_hidden_layers=8, num_attention_heads=4,
+                        num_key_value_heads=2, head_dim=32, rope_theta=100.0,
+                        mrope_section=[6, 5, 5], max_position_embeddings=4096),
+        vision=VisionConfig(depth=3, hidden_size=96, intermediate_size=384, num_heads=4,
+                            patch_size=8, out_hidden_size=128, num_position_embeddings=400,
+                            deepstack_visual_indexes=[0, 1, 2]),
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=True, eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]])
@@ -96,32 +104,36 @@ def write_folder(out):
         "generation_config.json": dict(do_sample=False, eos_token_id=config.eos_token_id,
                                        pad_token_id=ids["<|endoftext|>"]),
         "preprocessor_config.json": dict(
-            image_processor_type="Qwen2VLImageProcessor", size=dict(shortest_edge=48 * 112, longest_edge=640 * 640),
-            patch_size=8, temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+            image_processor_type="Qwen2VLImageProcessor", patch_size=8, temporal_patch_size=2,
+            size=dict(shortest_edge=48 * 112, longest_edge=640 * 640), merge_size=2,
+            image_mean=[0.5] * 3, image_std=[0.5] * 3),
         "tokenizer_config.json": dict(
-            tokenizer_class="PreTrainedTokenizerFast", eos_token="<|im_end|>", pad_token="<|endoftext|>",
-            model_max_length=4096, clean_up_tokenization_spaces=False)}
+            tokenizer_class="PreTrainedTokenizerFast", eos_token="<|im_end|>",
+            pad_token="<|endoftext|>", model_max_length=4096, clean_up_tokenization_spaces=False)}
     for name, content in files.items():
         (out / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------
+# Lessons: what is drawn, asked and named
 
 
 def drill(rng, cells, crowded):
-    """Random strings: all over the page to train the eyes, or up to three of them to be copied out."""
-    rows, cols = cells
-    page, images = blank(rng, cells, 6), scans()[0]
-    chosen = range(rows) if crowded else sorted(rng.choice(rows, int(rng.integers(1, min(4, rows + 1))), replace=False))
+    """Random strings: all over the page to train the eyes, or up to three to be copied out."""
+    (rows, cols), page = cells, blank(rng, cells, 6)
+    chosen = range(rows)
+    if not crowded:
+        chosen = sorted(rng.choice(rows, int(rng.integers(1, min(4, rows + 1))), replace=False))
     for row in chosen:
-        ink, length = dark(rng), int(rng.integers(2, 2 * cols + 1)) if crowded else int(rng.integers(2, 7))
+        ink, length = dark(rng), int(rng.integers(2, 2 * cols + 1 if crowded else 7))
         col = int(rng.integers(0, cols - (length + 1) // 2 + 1))
         if crowded and rng.random() < 0.25:
-            which = rng.integers(0, len(images) - 500, length // 2)
-            stamp(page, rng, which, row, col, ink)
+            known = len(scans()[0]) - HELD_OUT_DIGITS
+            stamp(page, rng, rng.integers(0, known, length // 2), row, col, ink)
             continue
         if rng.random() < 0.3:                            # light on dark, as signs are
-            page.canvas[row * 16:row * 16 + 16, col * 16:(col * 2 + length) * 8] = rng.integers(20, 110, 3)
+            panel = page.canvas[row * 16:row * 16 + 16, col * 16:(col * 2 + length) * 8]
+            panel[:] = rng.integers(20, 110, 3)
             ink = rng.integers(225, 256, 3)
         text = "".join(rng.choice(list(CHARS), length))
         write(page, rng, text, int(row), col, ink)
@@ -132,7 +144,7 @@ def drill(rng, cells, crowded):
 class Lesson(NamedTuple):
     name: str
     until: float                 # share of the time at which it ends
-    rate: float          # of the peak learning rates, at its start; it falls to a hundredth of them
+    rate: float                  # of the peak learning rates, at its start; falls to a hundredth
     divide: int                  # the batch by this: circuits want many steps more than calm ones
     tower: bool                  # whether the vision tower trains
     pages: dict                  # kinds of pages
@@ -142,20 +154,22 @@ LESSONS = [
     Lesson("eyes", 0.08, 1.0, 1, True,
            dict(crowd=.5, scene=.2, receipt=.14, chart=.07, form=.03, sign=.03, digits=.03)),
     Lesson("pages", 0.88, 1.0, 1, True,
-           dict(receipt=.22, chart=.22, scene=.22, form=.08, sign=.08, digits=.08, drill=.05, text=.05)),
+           dict(receipt=.22, chart=.22, scene=.22, form=.08, sign=.08, digits=.08, drill=.05,
+                text=.05)),
     Lesson("questions", 1.0, 0.5, 2, False,
            dict(scene=.55, receipt=.05, chart=.05, form=.1, sign=.05, digits=.17, text=.03)),
 ]
 
 
 class Lessons(World):
-    """Training pages with many questions each, or one to copy out the page, and the names of what each patch shows."""
+    """Training pages with many questions each, or one to copy out the page, and the names of what
+    each patch shows."""
 
     def exercise(self, index, lesson):
         rng, eyes = self.rng(index), lesson.name == "eyes"
         kind = str(rng.choice(list(lesson.pages), p=list(lesson.pages.values())))
         if kind == "text":
-            document = {"role": "document", "content": [{"type": "text", "text": plain_text(rng)}]}
+            document = {"role": "document", "content": texts(plain_text(rng))}
             return Sample(id=str(index), messages=[document], images=[], source=kind), None
         if kind in ("crowd", "drill"):
             page = drill(rng, self.cells, crowded=kind == "crowd")
@@ -170,11 +184,12 @@ class Lessons(World):
         if not eyes and page.lines and (not page.questions or rng.random() < 0.25):
             page.questions.insert(0, ("Read the page.", " ".join(page.lines)))
         messages = []
-        for i, (question, answer) in enumerate(page.questions if not eyes else [("", "")]):
-            shown = [{"type": "image"}] * (i == 0)
-            messages += [{"role": "user", "content": shown + [{"type": "text", "text": question}]},
-                         {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-        return Sample(id=str(index), messages=messages, images=[page.image], source=kind), self.patch_names(page)
+        for question, answer in page.questions if not eyes else [("", "")]:
+            messages += [{"role": "user", "content": texts(question)},
+                         {"role": "assistant", "content": texts(answer)}]
+        messages[0]["content"].insert(0, {"type": "image"})
+        sample = Sample(id=str(index), messages=messages, images=[page.image], source=kind)
+        return sample, self.patch_names(page)
 
     def patch_names(self, page, patch=8):
         """The class under each patch's centre, in merge-block order: (patches,) int64."""
@@ -187,28 +202,29 @@ class Lessons(World):
         return names.view(rows // 2, 2, cols // 2, 2).transpose(1, 2).flatten()
 
 
-class Batches(torch.utils.data.IterableDataset):
-    """Endless batches of one page size each, so that the tower runs one call."""
+def batches(processor, step, size, seed, lesson):
+    """From a step on without end: its number, a Batch of one page size, so that the tower runs one
+    call, and the names of each page's patches."""
+    worlds = [Lessons("train", seed, cells=s, questions=9) for s in SIZES]
+    while True:
+        world = worlds[np.random.default_rng(step).choice(len(SIZES), p=[.3, .25, .2, .25])]
+        lessons = [world.exercise(step * size + i, lesson) for i in range(4 * size)]
+        # By length, else half of a batch would be padding.
+        encoded = sorted(((processor.encode(sample), names) for sample, names in lessons),
+                         key=lambda pair: len(pair[0].ids))
+        for i in np.random.default_rng(step).permutation(4) * size:
+            rows, names = zip(*encoded[i:i + size])
+            yield step, collate(rows, processor.pad_id), [n for n in names if n is not None]
+            step += 1
 
-    def __init__(self, processor, first, size, seed, lesson):
-        self.processor, self.first, self.size, self.seed, self.lesson = processor, first, size, seed, lesson
 
-    def __iter__(self):
-        worlds = [Lessons("train", self.seed, cells=s, questions=9) for s in SIZES]
-        step = self.first
-        while True:
-            world = worlds[np.random.default_rng(step).choice(len(SIZES), p=[.3, .25, .2, .25])]
-            lessons = [world.exercise(step * self.size + i, self.lesson) for i in range(4 * self.size)]
-            encoded = sorted(((self.processor.encode(sample), names) for sample, names in lessons),
-                             key=lambda pair: len(pair[0].ids))            # else half of a batch would be padding
-            for i in np.random.default_rng(step).permutation(4) * self.size:
-                rows, names = zip(*encoded[i:i + self.size])
-                yield step, collate(rows, self.processor.pad_id), [n for n in names if n is not None]
-                step += 1
+# --------------------------------------------------------------------------------------------------
+# Training
 
 
 def waves(x, most):
-    """Sines and cosines of places x in 0..1, one to `most` half waves over the page: (..., 2 * most)."""
+    """Sines and cosines of places x in 0..1, one to `most` half waves over the page: (..., 2 *
+    most)."""
     angle = math.pi * x[..., None] * torch.arange(1, most + 1)
     return torch.cat((angle.sin(), angle.cos()), dim=-1)
 
@@ -220,7 +236,8 @@ def places(rows, cols, most):
 
 
 class Heads(nn.Module):
-    """The exercise's own heads: what a patch shows, from its features and from its visual token, and where it is."""
+    """The exercise's own heads: what a patch shows, from its features and from its visual token,
+    and where it is."""
 
     def __init__(self, c):
         super().__init__()
@@ -244,7 +261,8 @@ def initialise(model):
         if p.dim() >= 2:
             fan = p[0].numel()
             nn.init.normal_(p, std=0.02 if "embed" in name and "proj" not in name else fan ** -0.5)
-            if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight", "mlp.linear_fc2.weight")):
+            if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight",
+                              "mlp.linear_fc2.weight")):
                 p.data *= 0.4
             if "deepstack" in name and "fc2" in name:
                 p.data.zero_()
@@ -257,8 +275,9 @@ def initialise(model):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: the update of a matrix U S V^T is U V^T, found by five Newton-Schulz steps
-    (Jordan et al. 2024), here in fp32 and for all matrices of one shape at once. Like AdamW in cost, and ahead."""
+    """Momentum, orthogonalised: the update of a matrix U S V^T is U V^T, found by five steps of
+    Newton and Schulz (Jordan et al. 2024), here in fp32 and for all matrices of one shape at once.
+    Like AdamW in cost, and ahead."""
 
     def __init__(self, params, lr):
         super().__init__(params, dict(lr=lr))
@@ -288,100 +307,37 @@ class Muon(torch.optim.Optimizer):
 def optimisers(model, heads):
     """Muon turns the matrices of the blocks and mergers, AdamW the rest."""
     named = [*model.named_parameters(), *heads.named_parameters()]
-    inner = {n for n, p in named if p.dim() == 2 and ("layers." in n or "blocks." in n or "merger" in n)}
+    inner = {n for n, p in named
+             if p.dim() == 2 and any(part in n for part in ("layers.", "blocks.", "merger"))}
+    rest = [p for n, p in named if n not in inner]
     return [Muon([p for n, p in named if n in inner], lr=0.02),
-            torch.optim.AdamW([p for n, p in named if n not in inner], lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)]
+            torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-def main():
-    p = argparse.ArgumentParser()
-    p.add_argument("--out", default="out/teacher")
-    p.add_argument("--minutes", type=float, default=97, help="of the whole schedule, 'eyes' included")
-    p.add_argument("--batch", type=int, default=32)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--threads", type=int, default=1)
-    a = p.parse_args()
-    torch.set_num_threads(a.threads)
-    torch.manual_seed(a.seed)
-    out, rank, world = Path(a.out), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        dist.init_process_group("gloo")
-    if rank == 0:
-        write_folder(out)
-    if world > 1:
-        dist.barrier()
-    config = Config.from_folder(out)
-    processor, model, heads = Processor(out), Qwen3VL(config), Heads(config)
-    initialise(model)
-    model.folder = out
-    opts = optimisers(model, heads)
-    peaks = [o.param_groups[0]["lr"] for o in opts]
-    state = dict(step=0, spent=0.0)
-    if (out / "train.pt").exists():
-        stored = torch.load(out / "train.pt")
-        model.load_state_dict(stored["model"])
-        heads.load_state_dict(stored["heads"])
-        [o.load_state_dict(s) for o, s in zip(opts, stored["opts"])]
-        state = stored["state"]
-    log = open(out / "make_teacher.log", "a")
-    clock, saved, recent = time.time(), time.time(), []
-    lesson, loader = None, None
-    while state["spent"] < 60 * a.minutes:
-        done = state["spent"] / 60 / a.minutes
-        number = next(i for i, x in enumerate(LESSONS) if done < x.until)
-        if LESSONS[number] is not lesson:                 # a lesson begins
-            lesson, began = LESSONS[number], LESSONS[number - 1].until if number else 0.0
-            size = a.batch // lesson.divide
-            loader = iter(Batches(processor, state["step"], size, a.seed + 1000 * rank + 100 * number, lesson))
-            for part in (model.visual.patch_embed, model.visual.pos_embed, model.visual.blocks):
-                part.requires_grad_(lesson.tower)
-        step, batch, names = next(loader)
-        here = (done - began) / (lesson.until - began)
-        for o, peak in zip(opts, peaks):
-            o.param_groups[0]["lr"] = peak * lesson.rate * min(1, 0.02 + 30 * here) * (1 - 0.99 * here)
-        seen = model.visual(batch.pixels, batch.grids) if names else None
-        loss, right, exact = torch.zeros(()), torch.zeros(()), torch.zeros(())
-        if names and lesson.tower:
-            naming, right = heads(seen, torch.cat(names), [n // 2 for n in batch.grids[0, 1:].tolist()])
-            loss = naming * (1 if lesson.name == "eyes" else 0.2)
-        if lesson.name != "eyes":
-            hidden = model.hidden(batch.ids, batch.mask, None, batch.grids, seen)[:, :-1]
-            target = batch.labels[:, 1:]
-            logits = model.lm_head(hidden[target >= 0])
-            target = target[target >= 0]
-            loss = loss + F.cross_entropy(logits, target)
-            exact = (logits.argmax(-1) == target).float().mean()
-        loss.backward()
-        now = time.time()
-        spent = share([*model.parameters(), *heads.parameters()], now - clock, world)
-        clock = now
-        norm = nn.utils.clip_grad_norm_([*model.parameters(), *heads.parameters()], 1.0)
-        for o in opts:
-            o.step()
-            o.zero_grad(set_to_none=True)
-        state = dict(step=step + 1, spent=state["spent"] + spent)
-        recent.append((loss.item(), right.item(), exact.item()))
-        if (step + 1) % 100 == 0 and rank == 0:
-            mean = [sum(c) / len(recent) for c in zip(*recent)]
-            line = dict(step=step + 1, batch=size * world, minutes=round(state["spent"] / 60, 2),
-                        lesson=lesson.name, loss=round(mean[0], 4), patches_named=round(mean[1], 4),
-                        tokens_right=round(mean[2], 4), grad_norm=round(norm.item(), 2))
-            print(json.dumps(line), flush=True)
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-            recent = []
-        if time.time() - saved > 120 and rank == 0:
-            save(out, model, heads, opts, state)
-            saved = time.time()
-    if rank == 0:
-        save(out, model, heads, opts, state)
+def losses(model, heads, lesson, batch, names):
+    """-> the loss, and the shares of patches and of tokens that are right."""
+    loss, named, exact = torch.zeros(()), torch.zeros(()), torch.zeros(())
+    seen = model.visual(batch.pixels, batch.grids) if names else None
+    if names and lesson.tower:
+        grid = [n // 2 for n in batch.grids[0, 1:].tolist()]
+        naming, named = heads(seen, torch.cat(names), grid)
+        loss = naming * (1 if lesson.name == "eyes" else 0.2)
+    if lesson.name != "eyes":
+        hidden = model.hidden(batch.ids, batch.mask, None, batch.grids, seen)[:, :-1]
+        target = batch.labels[:, 1:]
+        logits, target = model.lm_head(hidden[target >= 0]), target[target >= 0]
+        loss = loss + F.cross_entropy(logits, target)
+        exact = (logits.argmax(-1) == target).float().mean()
+    return loss, named, exact
 
 
-def share(parameters, seconds, world):
-    """Means over the processes of all gradients (in place) and of the seconds, so that schedules agree."""
+def average(parameters, seconds, world):
+    """Means over the processes of all gradients (in place) and of the seconds, so that schedules
+    agree."""
     if world == 1:
         return seconds
-    parameters = [p for p in parameters if p.requires_grad]     # resting ones stay without: Muon would move them
+    # Resting ones stay without a gradient: Muon would move them.
+    parameters = [p for p in parameters if p.requires_grad]
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -394,12 +350,95 @@ def share(parameters, seconds, world):
 
 
 def save(out, model, heads, opts, state):
-    torch.save(dict(model=model.state_dict(), heads=heads.state_dict(), opts=[o.state_dict() for o in opts],
-                    state=state), out / "train.tmp")
+    torch.save(dict(model=model.state_dict(), heads=heads.state_dict(), state=state,
+                    opts=[o.state_dict() for o in opts]), out / "train.tmp")
     os.replace(out / "train.tmp", out / "train.pt")
     half = Qwen3VL(model.config)                   # stored in bf16, as the released checkpoints are
     half.load_state_dict(model.state_dict())
     half.to(torch.bfloat16).save_pretrained(out)
+
+
+def load(out, model, heads, opts):
+    """-> how many steps were taken, and the seconds spent on them."""
+    if not (out / "train.pt").exists():
+        return dict(step=0, spent=0.0)
+    stored = torch.load(out / "train.pt")
+    states = (stored["model"], stored["heads"], *stored["opts"])
+    for part, state in zip((model, heads, *opts), states):
+        part.load_state_dict(state)
+    return stored["state"]
+
+
+def write_log(out, state, lesson, means, norm, pages):
+    loss, named, exact = (round(m, 4) for m in means)
+    line = json.dumps(dict(
+        step=state["step"], batch=pages, minutes=round(state["spent"] / 60, 2), lesson=lesson.name,
+        loss=loss, patches_named=named, tokens_right=exact, grad_norm=round(norm, 2)))
+    print(line, flush=True)
+    with open(out / "make_teacher.log", "a") as log:
+        log.write(line + "\n")
+
+
+def train(out, model, heads, processor, minutes, rank, world):
+    """LESSONS by their shares of the minutes, from where train.pt in `out` stands."""
+    opts, lesson, recent = optimisers(model, heads), None, []
+    peaks = [o.param_groups[0]["lr"] for o in opts]
+    parameters = [*model.parameters(), *heads.parameters()]
+    state, saved = load(out, model, heads, opts), time.time()
+    clock = saved
+    while (done := state["spent"] / 60 / minutes) < 1:
+        number = next(i for i, x in enumerate(LESSONS) if done < x.until)
+        if LESSONS[number] is not lesson:                 # a lesson begins
+            lesson, began = LESSONS[number], LESSONS[number - 1].until if number else 0.0
+            size = BATCH // lesson.divide
+            drawn = batches(processor, state["step"], size, 1000 * rank + 100 * number, lesson)
+            for part in (model.visual.patch_embed, model.visual.pos_embed, model.visual.blocks):
+                part.requires_grad_(lesson.tower)
+        step, batch, names = next(drawn)
+        here = (done - began) / (lesson.until - began)
+        for o, peak in zip(opts, peaks):
+            rate = lesson.rate * min(1, 0.02 + 30 * here) * (1 - 0.99 * here)
+            o.param_groups[0]["lr"] = peak * rate
+        found = losses(model, heads, lesson, batch, names)
+        found[0].backward()
+        now = time.time()
+        spent, clock = average(parameters, now - clock, world), now
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+        for o in opts:
+            o.step()
+            o.zero_grad(set_to_none=True)
+        state = dict(step=step + 1, spent=state["spent"] + spent)
+        recent.append([x.item() for x in found])
+        if state["step"] % 100 == 0 and rank == 0:
+            write_log(out, state, lesson, np.mean(recent, 0).tolist(), norm.item(), size * world)
+            recent = []
+        if time.time() - saved > 120 and rank == 0:
+            save(out, model, heads, opts, state)
+            saved = time.time()
+    if rank == 0:
+        save(out, model, heads, opts, state)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, default=Path("out/teacher"))
+    p.add_argument("--minutes", type=float, default=97, help="of all lessons together")
+    a = p.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("gloo")
+    if rank == 0:
+        write_folder(a.out)
+    if world > 1:
+        dist.barrier()
+    config = Config.from_folder(a.out)
+    model, heads = Qwen3VL(config), Heads(config)
+    initialise(model)
+    model.folder = a.out
+    train(a.out, model, heads, Processor(a.out), a.minutes, rank, world)
 
 
 if __name__ == "__main__":
