@@ -13,7 +13,6 @@ From top to bottom: questions; answers; the table with paired bootstrap interval
 where this kind of question is not scored).
 """
 import argparse
-import copy
 import glob
 import hashlib
 import itertools
@@ -33,7 +32,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data import BadSample, Processor, Sample, collate
+from data import BadSample, Sample, collate, processor_of
 from model import Config, Qwen3VL, device_of, dtype_of
 from parts import images as pictures
 from parts.benchmarks import BENCHMARKS, EMBEDDED, HARNESS_TOKENS, SYSTEM
@@ -163,16 +162,13 @@ def file_record(name, row, number, place):
 
 def full_processor(folder):
     """A Processor that cuts no question short: training's caps are not for evaluation."""
-    return Processor(folder, max_tokens=262144, max_text_tokens=262144,
-                     max_visual_tokens=HARNESS_TOKENS[1])
+    return processor_of(folder, max_tokens=262144, max_text_tokens=262144,
+                        max_visual_tokens=HARNESS_TOKENS[1])
 
 
 def harness_processor(processor):
     """The same with lmms-eval's bounds on an image, for questions from files."""
-    processor = copy.copy(processor)
-    processor.min_pixels, processor.max_pixels = (
-        tokens * processor.factor ** 2 for tokens in HARNESS_TOKENS)
-    return processor
+    return processor.bounded(*HARNESS_TOKENS)
 
 
 def answer(model, processor, samples, batch_size=16, max_new_tokens=32, label="answers",

@@ -35,16 +35,15 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from PIL import Image
 from scipy import stats
 from tqdm import tqdm
 
-from data import IGNORED, BadSample, Processor, read_data
-from density import image_densities
+from data import IGNORED, BadSample, processor_of, read_data
+from density import densities
 from distill import drift as squared_drift
 from fisher import fisher_scores
-from model import Qwen3VL, device_of, dtype_of, rotate
+from model import Qwen3VL, device_of, dtype_of
 from parts.images import read_image
 from synthdoc import SUITES, World
 
@@ -85,9 +84,7 @@ def attention_received(attention, x, rope, chunk=256):
     Sect. 3 names "teacher attention concentration" without a formula. Without the mean over queries
     the first positions would lead simply because more queries see them.
     """
-    q, k = (rearrange(f(x), "1 t (h p) -> h t p", p=attention.config.head_dim)
-            for f in (attention.q_proj, attention.k_proj))
-    q, k = rotate(attention.q_norm(q), *rope), rotate(attention.k_norm(k), *rope)       # (H, T, P), (G, T, P)
+    q, k = (heads[0] for heads in attention.heads(x, rope)[:2])                         # (H, T, P), (G, T, P)
     k, T = k.repeat_interleave(len(q) // len(k), dim=0), x.shape[1]
     at, total = torch.arange(T, device=x.device), torch.zeros(T, device=x.device)
     for a in range(0, T, chunk):
@@ -161,7 +158,7 @@ def measure(teacher, student, page, image, each, said=("", ""), others=None):
         e = teacher.embed(ids[None], None, None, grids, vision)
         own = [m.embed(ids[None], None, pixels, grids) for m in (student, *others.values())]     # after SFT their own
     m = c.vision.spatial_merge_size
-    rho = image_densities(vision.patches, page.grids, m).cpu()                                # (N,)
+    rho = densities(teacher, vision, page.grids).cpu()                                        # (N,)
     where, group = visual.nonzero()[:, 0], torch.from_numpy(deciles(rho.numpy())).to(weight.device)
     hidden = torch.zeros(1 + GROUPS + each * len(where), len(ids), dtype=torch.bool, device=weight.device)
     hidden[1 + group, where] = True
@@ -514,7 +511,7 @@ def load(a):
     named = {Path(folder).name: student for folder, student in zip(a.student, students)}
     if len(named) < len(students):
         raise ValueError("--student: folders are told apart by their last part, which two of them share")
-    return teacher, named, Processor(a.teacher)
+    return teacher, named, processor_of(a.teacher)
 
 
 def pages(a, processor):
