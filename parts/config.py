@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Optional
 
-TEACHERS = {}                                # model_type of another teacher: the file that has its Config
+# model_type of another teacher: the file that has its Config
+TEACHERS = {"internvl": "internvl", "internvl_chat": "internvl"}
 
 
 def read_object(path):
