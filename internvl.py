@@ -19,7 +19,6 @@ Density is of a tile: neighbours end at its border, for its features know no oth
 import copy
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,14 +55,15 @@ class VisionConfig:
     tokens = property(lambda self: (self.side // MERGE) ** 2)                       # of a tile
 
 
-PARTS = {      # layout: where tower, projector, decoder and head are, and the names inside of the two
+PARTS = {      # layout: where tower, projector, decoder and head are
     "hf": ("vision_tower.", "multi_modal_projector.", "language_model.model.", "language_model."),
     "nested": ("model.vision_tower.", "model.multi_modal_projector.", "model.language_model.", ""),
     "chat": ("vision_model.", "mlp1.", "language_model.model.", "language_model."),
 }
 RENAMED = {    # our name in the tower or projector: transformers', the original one
     "cls_token": ("embeddings.cls_token", "embeddings.class_embedding"),
-    "position_embeddings": ("embeddings.position_embeddings", "embeddings.position_embedding"),
+    "position_embeddings": ("embeddings.position_embeddings",
+                            "embeddings.position_embedding"),
     "projection.": ("embeddings.patch_embeddings.projection.", "embeddings.patch_embedding."),
     "layers.": ("encoder.layer.", "encoder.layers."),
     "norm1.": ("layernorm_before.", "norm1."), "norm2.": ("layernorm_after.", "norm2."),
@@ -83,8 +83,9 @@ class Config(base.Config):
     @classmethod
     def read(cls, path, raw):
         chat = raw["model_type"] == "internvl_chat"
-        text, vision = base.part(raw, "llm_config" if chat else "text_config"), base.part(raw, "vision_config")
-        text, rope = base.with_rope(path, text)
+        decoder = "llm_config" if chat else "text_config"
+        text, rope = base.with_rope(path, base.part(raw, decoder))
+        vision = base.part(raw, "vision_config")
         base.demand(path, (text, "model_type", "qwen3"), (text, "hidden_act", "silu"),
                     (text, "attention_bias", False), (text, "use_sliding_window", False),
                     (rope, "rope_type", "default"), (rope, "type", "default"),
@@ -101,13 +102,13 @@ class Config(base.Config):
             if isinstance(sides, list) and len(sides) == 2 and sides[0] == sides[1]:
                 vision = {**vision, key: sides[0]}
         half = text.get("head_dim")
-        text["mrope_section"] = [half // 2 if type(half) is int else 0, 0, 0]    # one axis: plain RoPE
-        decoder = "llm_config" if chat else "text_config"
+        # Plain RoPE is the multimodal one with all frequencies on one axis.
+        text["mrope_section"] = [half // 2 if type(half) is int else 0, 0, 0]
         image = token_id(path, CONTEXT) if chat else raw.get("image_token_id")
         config = cls(base.fill(base.TextConfig, text, f"{path}, {decoder}"),
                      base.fill(VisionConfig, vision, f"{path}, vision_config"),
-                     image_token_id=image, video_token_id=image, layout=layout(path, chat), raw=raw,
-                     **base.ends_and_hybrid(path, raw, text))
+                     image_token_id=image, video_token_id=image, layout=layout(path, chat),
+                     raw=raw, **base.ends_and_hybrid(path, raw, text))
         config.vision.qkv_bias = bool(vision.get("qkv_bias", vision.get("attention_bias")))
         t, v = config.text, config.vision
         base.check_decoder(config, path)
@@ -118,7 +119,8 @@ class Config(base.Config):
             (v.image_size % (MERGE * v.patch_size) == 0,
              f"image_size is no multiple of {MERGE} times patch_size"),
             (raw.get("image_seq_length", v.tokens) == v.tokens,
-             f"image_seq_length is {raw.get('image_seq_length')}, but a tile has {v.tokens} tokens")])
+             f"image_seq_length is {raw.get('image_seq_length')}, but a tile has {v.tokens} "
+             "tokens")])
         return config
 
     def to_json(self):
@@ -132,7 +134,8 @@ class Config(base.Config):
             return [head + name if inner == name else decoder + inner]
         inner, original = name.removeprefix("model.visual."), self.layout == "chat"
         home = projector if inner.startswith("merger.") else tower
-        inner = PATTERN.sub(lambda found: RENAMED[found[0]][original], inner.removeprefix("merger."))
+        inner = inner.removeprefix("merger.")
+        inner = PATTERN.sub(lambda found: RENAMED[found[0]][original], inner)
         if original or ".attn.qkv." not in inner:
             return [home + inner]
         return [home + inner.replace(".attn.qkv.", f".attention.{part}_proj.") for part in "qkv"]
@@ -145,13 +148,14 @@ class Config(base.Config):
         found = ((ids == config.image_token_id) & real).sum().item()
         tiles = 0 if grids is None else len(grids)
         if found != tiles * config.vision.tokens:
-            raise ValueError(f"{tiles} tiles of {config.vision.tokens} tokens, but {found} placeholders")
+            raise ValueError(f"{tiles} tiles of {config.vision.tokens} tokens, but {found} "
+                             "placeholders")
         count = real.cumsum(1)
         return (count - 1).clamp(min=0).expand(3, -1, -1), count[:, -1]
 
 
 def layout(path, chat):
-    """Which names the tensors of a folder have; transformers writes "hf", and has "nested" itself."""
+    """Which names a folder's tensors have: transformers writes "hf", and itself has "nested"."""
     if chat:
         return "chat"
     nested = any(name.startswith("model.") for name in find_tensors(path.parent)[0])
@@ -164,7 +168,8 @@ def token_id(path, token):
         if (path.parent / file).is_file():
             found = base.read_object(path.parent / file)
             listed = found.get("added_tokens", [])
-            found = found | {t["content"]: t["id"] for t in listed if isinstance(t, dict) and t.keys() >= {"content", "id"}}
+            found = found | {t["content"]: t["id"] for t in listed
+                             if isinstance(t, dict) and t.keys() >= {"content", "id"}}
             if token in found:
                 return found[token]
     raise ValueError(f"{path.parent}: neither tokenizer.json nor added_tokens.json has {token}")
@@ -181,9 +186,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(c.hidden_size, 3 * c.hidden_size, bias=c.qkv_bias)
         self.proj = nn.Linear(c.hidden_size, c.hidden_size)
 
-    def forward(self, x):                                                           # (tiles, N + 1, Dv)
+    def forward(self, x):                                                       # (tiles, 1 + n, Dv)
         q, k, v = rearrange(self.qkv(x), "b n (three h p) -> three b h n p", three=3, h=self.heads)
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n p -> b n (h p)"))
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(y, "b h n p -> b n (h p)"))
 
 
 class MLP(nn.Module):
@@ -202,7 +208,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
         self.norm2 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
         self.attn, self.mlp = Attention(c), MLP(c)
-        self.lambda_1 = nn.Parameter(torch.full((c.hidden_size,), 0.1))                 # layer scale
+        self.lambda_1 = nn.Parameter(torch.full((c.hidden_size,), 0.1))     # layer scale
         self.lambda_2 = nn.Parameter(torch.full((c.hidden_size,), 0.1))
 
     def forward(self, x):
@@ -238,15 +244,16 @@ class Tower(nn.Module):
     def forward(self, pixels, grids):
         """pixels (patches, 3*ps*ps) by merge block, grids (tiles, 3) -> VisionOut."""
         side, tiles = self.config.side, len(grids)
-        if any(grid != [1, side, side] for grid in grids.tolist()) or len(pixels) != tiles * side ** 2:
-            raise ValueError(f"each tile must have {side} x {side} patches; got {len(pixels)} patches for "
-                             f"grids {grids.tolist()[:3]}")
+        whole = all(grid == [1, side, side] for grid in grids.tolist())
+        if not whole or len(pixels) != tiles * side ** 2:
+            raise ValueError(f"each tile must have {side} x {side} patches; got {len(pixels)} "
+                             f"patches for grids {grids.tolist()[:3]}")
         weight = self.projection.weight.flatten(1)         # kernel = stride: a matrix product
         x = F.linear(pixels.to(weight.dtype), weight, self.projection.bias)             # (N, Dv)
         row, col = block_order(side, side, MERGE)
-        at = torch.cat((torch.zeros(1, dtype=torch.long), 1 + row * side + col))        # the class token is first
+        at = torch.cat((torch.zeros(1, dtype=torch.long), 1 + row * side + col))
         x = torch.cat((self.cls_token.expand(tiles, -1, -1), x.view(tiles, side ** 2, -1)), dim=1)
-        x = x + self.position_embeddings[:, at.to(x.device)]                        # (tiles, 1 + n, Dv)
+        x = x + self.position_embeddings[:, at.to(x.device)]                    # (tiles, 1 + n, Dv)
         for block in self.layers:
             x = block(x)
         x = x[:, 1:].flatten(0, 1)                                                  # (N, Dv)
@@ -258,7 +265,7 @@ class Tower(nn.Module):
 
 
 def best_grid(size, tile, most):
-    """(columns, rows) of at most `most` tiles, whose shape is nearest to that of (width, height). Of
+    """(columns, rows) of at most `most` tiles, in the shape nearest to that of (width, height). Of
     equals the larger, unless it has more than twice the picture's pixels."""
     best, off = (1, 1), float("inf")
     grids = [(c, r) for c in range(1, most + 1) for r in range(1, most + 1) if c * r <= most]
@@ -276,7 +283,8 @@ class Processor(data.Processor):
     RELEASED = {"size": {"height": 448, "width": 448}, "rescale_factor": 1 / 255,
                 "image_mean": [.485, .456, .406], "image_std": [.229, .224, .225]}
     SPECIAL = dict(image_pad=(CONTEXT, ""), vision_start=("<img>", ""), vision_end=("</img>", ""),
-                   im_start=("<|im_start|>", ""), im_end=("<|im_end|>", ""), endoftext=("<|endoftext|>", ""))
+                   im_start=("<|im_start|>", ""), im_end=("<|im_end|>", ""),
+                   endoftext=("<|endoftext|>", ""))
     DECIDES = ("patch", "merge", "temporal", "tile", "max_tiles")
     after_image = "\n"
 
@@ -293,18 +301,19 @@ class Processor(data.Processor):
         self.tile, self.tokens = vision.image_size, vision.tokens
         sides = {size.get("height"), size.get("width")} if isinstance(size, dict) else {size}
         if sides != {self.tile}:
-            raise ValueError(f"{folder}: size is {size} in preprocessor_config.json, but a tile has "
-                             f"{self.tile} pixels in config.json.")
+            raise ValueError(f"{folder}: size is {size} in preprocessor_config.json, but a tile "
+                             f"has {self.tile} pixels in config.json.")
         self.most = settings.get("max_patches", config.get("max_dynamic_patch", 12))
         for least in ("min_patches", "min_dynamic_patch"):
             if settings.get(least, config.get(least, 1)) != 1:
                 raise ValueError(f"{folder}: {least} is not 1, which is not implemented.")
         if type(self.most) is not int or self.most < 1:
-            raise ValueError(f"{folder}: max_patches is {self.most!r}, but must be a positive whole number.")
+            raise ValueError(f"{folder}: max_patches is {self.most!r}, but must be a positive "
+                             "whole number.")
         self.max_tiles = self.tiles_within(self.max_visual_tokens)
         if not self.max_tiles:
-            raise ValueError(f"{folder}: a tile has {self.tokens} visual tokens, but an image may have "
-                             f"{self.max_visual_tokens} only.")
+            raise ValueError(f"{folder}: a tile has {self.tokens} visual tokens, but an image may "
+                             f"have {self.max_visual_tokens} only.")
 
     limit = property(lambda self: self.max_tiles)        # without the thumbnail
 
@@ -312,8 +321,9 @@ class Processor(data.Processor):
         return list(range(self.max_tiles, 0, -1))
 
     def tiles_within(self, tokens):
-        """The most tiles, 0 for none, that have so many tokens together with their thumbnail."""
-        return max((n for n in range(1, self.most + 1) if (n + (n > 1)) * self.tokens <= tokens), default=0)
+        """The most tiles, 0 for none, that have so many tokens with their thumbnail."""
+        fits = (n for n in range(1, self.most + 1) if (n + (n > 1)) * self.tokens <= tokens)
+        return max(fits, default=0)
 
     def bounded(self, least, most):
         other = copy.copy(self)                          # `least` is met: a picture has a tile
@@ -325,7 +335,7 @@ class Processor(data.Processor):
         return (columns * rows + (columns * rows > 1)) * self.tokens
 
     def patches(self, source, max_tiles=None):
-        """Path or PIL image -> pixels (n, 3 * p * p) float32, a grid [1, side, side] for each tile."""
+        """Path or PIL image -> pixels (n, 3 * p * p) float32, and a grid for each tile."""
         image, tile = read_image(source), self.tile
         columns, rows = best_grid(image.size, tile, max_tiles or self.limit)
         whole = image.resize((columns * tile, rows * tile), Image.Resampling.BICUBIC)
@@ -340,7 +350,8 @@ class Processor(data.Processor):
         """The tiles side by side; the thumbnail is left out."""
         columns, rows = best_grid(size, self.tile, self.limit)
         side = self.tile // self.patch // MERGE
-        return rearrange(rho[:columns * rows * side ** 2], "(r c y x) -> (r y) (c x)", r=rows, c=columns, y=side)
+        return rearrange(rho[:columns * rows * side ** 2], "(r c y x) -> (r y) (c x)",
+                         r=rows, c=columns, y=side)
 
 
 Config.Tower, Config.Processor = Tower, Processor

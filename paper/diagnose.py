@@ -499,6 +499,8 @@ def load(a):
     dtype = dtype_of(a.dtype, device)
     teacher, *students = (Qwen3VL.from_pretrained(f, dtype, device).requires_grad_(False)
                           for f in (a.teacher, *a.student))
+    if teacher.config.Tower:
+        raise ValueError(f"--teacher {a.teacher} is no Qwen3-VL, of whose grid of patches the maps are drawn")
     for folder, student in zip(a.student, students):
         if teacher.config.hybrid or not student.config.hybrid:
             raise ValueError(f"--teacher {a.teacher} must be a model with attention in all layers, and --student "

@@ -141,7 +141,8 @@ class Config:
     eos_token_id: list = field(default_factory=lambda: [151645, 151643])
     hybrid: Optional[dict] = None  # {"mixer": word or FILE.py:CLASS, "layers": replaced layers (S)}
 
-    Tower = Processor = positions = None  # of another teacher, where its Config is derived from this
+    # Another teacher's, in a class derived from this one. None: as model.py and data.py do.
+    Tower = Processor = positions = None
 
     @classmethod
     def from_folder(cls, folder):

@@ -2,8 +2,6 @@
 the commands on a small random teacher of its kind. Run: pytest tests/test_internvl.py"""
 import json
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import distill
 import sft_dpo
-from data import Sample, collate, processor_of
-from density import densities, draw_files
+from data import Sample, collate, processor_of, read_data
+from density import cache_density, densities, draw_files
 from evaluate import answer
 from model import Config, Qwen3VL, to_hybrid
 
@@ -336,8 +334,24 @@ def test_sft_dpo_answers_resume_and_dry_run(both, tmp_path, capsys, monkeypatch)
     assert any("merger.linear_1" in n for n in moved) and not any("visual.layers" in n for n in moved)
     replies = answer(Qwen3VL.from_pretrained(tmp_path / "dpo"), processor_of(tmp_path / "dpo"), SAMPLES, max_new_tokens=3)
     assert len(replies) == 3
+
+    world = ("--cond", "c4", "--teacher", both[1], "--tokens", 2000, "--batch-tokens", 1000, "--page", 7)
+    command(distill.main, *world, "--micro-tokens", 1000, "--questions", 2, "--out", tmp_path / "world")
+    assert len(list((tmp_path / "world/density").glob("*.png"))) == 6 and "reading" in (tmp_path / "world/table.md").read_text()
     command(distill.main, *run, "--dry-run")
     assert "3 of 4 attention layers replaced" in capsys.readouterr().out
+
+
+def test_a_density_cache_serves_this_teacher_and_no_other_tiling(both, tmp_path):
+    data, cache = lines(tmp_path), tmp_path / "rho.cache"
+    teacher, processor = both[2], processor_of(both[1])
+    cache_density(cache, read_data(data), teacher, processor)
+    run = ("--cond", "c4", "--teacher", both[1], "--data", data, "--density-cache", cache, *SIZE)
+    command(distill.main, *run, "--out", tmp_path / "a")
+    assert (tmp_path / "a/model.safetensors").is_file()
+    cache_density(cache, read_data(data), teacher, processor.bounded(4, 20))
+    with pytest.raises(SystemExit, match="rho.cache"):
+        command(distill.main, *run, "--out", tmp_path / "b")
 
 
 # -- refusals
