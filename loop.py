@@ -169,7 +169,7 @@ def load_model(s, flag, device, **caps):
     for file in ("config.json", "tokenizer.json"):
         if not (folder / file).is_file():
             sys.exit(f"--{flag} {folder}: there is no {file}; give the folder of a downloaded "
-                     "Qwen3-VL checkpoint")
+                     "checkpoint")
     model = Qwen3VL.from_pretrained(folder, dtype_of(s.dtype, device), device)
     return model, processor_of(folder, **caps)
 

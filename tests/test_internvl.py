@@ -350,7 +350,7 @@ def test_a_density_cache_serves_this_teacher_and_no_other_tiling(both, tmp_path)
     command(distill.main, *run, "--out", tmp_path / "a")
     assert (tmp_path / "a/model.safetensors").is_file()
     cache_density(cache, read_data(data), teacher, processor.bounded(4, 20))
-    with pytest.raises(SystemExit, match="rho.cache"):
+    with pytest.raises(SystemExit, match="rho.cache was made with another model or preprocessing"):
         command(distill.main, *run, "--out", tmp_path / "b")
 
 
