@@ -15,6 +15,7 @@ m·m become a visual token.
 """
 import argparse
 import bisect
+import copy
 import json
 import math
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from tqdm import tqdm
 
 from formats import (JSONL, BadSample, NoPreference, Sample, convert, read_recipe,  # noqa: F401
                      texts)
+from parts.config import config_class, read_object
 from parts.images import check_size, flattened, open_image, read_image              # noqa: F401
 
 MAX_TEXT_TOKENS = 4096               # App. C.3: pure text is truncated here,
@@ -39,8 +41,6 @@ MAX_TOKENS = 8192                    #           vision-text is capped here,
 MAX_VISUAL_TOKENS = 2500             #           and one image has at most this many visual tokens
 TEXT_SHARE = 1 / 4                   # of MAX_TOKENS: what several large images leave to their text
 IGNORED = -100                       # the label of a position that is not supervised
-RELEASED = {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "rescale_factor": 1 / 255,
-            "image_mean": [.5, .5, .5], "image_std": [.5, .5, .5]}    # the released settings
 
 
 @dataclass
@@ -114,7 +114,17 @@ class Processor:
     Qwen3VLProcessor's, but for three exceptions made on purpose. What is transparent shows white.
     Text is text: a literal "<|im_end|>" in a message never becomes the special token. And an answer
     is tokenised on its own, so that the tokens of a prompt are a prefix of those of prompt and
-    answer; this differs only where an answer begins with white space that has a line break in it."""
+    answer; this differs only where an answer begins with white space that has a line break in it.
+
+    Other teachers' are derived from this one, in their own files: `processor_of` chooses."""
+    RELEASED = {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "rescale_factor": 1 / 255,
+                "image_mean": [.5, .5, .5], "image_std": [.5, .5, .5]}    # the released settings
+    SPECIAL = dict(image_pad=("<|image_pad|>", "image_token_id"),         # and its field of config.json
+                   vision_start=("<|vision_start|>", "vision_start_token_id"),
+                   vision_end=("<|vision_end|>", "vision_end_token_id"), im_start=("<|im_start|>", ""),
+                   im_end=("<|im_end|>", ""), endoftext=("<|endoftext|>", ""))
+    DECIDES = ("patch", "merge", "temporal", "min_pixels", "max_pixels")  # what the tower sees, besides `table`
+    after_image = ""                                 # text that the template has after each image
 
     def __init__(self, folder, max_visual_tokens=MAX_VISUAL_TOKENS, max_tokens=MAX_TOKENS,
                  max_text_tokens=MAX_TEXT_TOKENS):
@@ -123,23 +133,10 @@ class Processor:
             raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
         config = json.loads((folder / "config.json").read_text())
         settings = folder / "preprocessor_config.json"
-        settings = RELEASED | (json.loads(settings.read_text()) if settings.exists() else {})
-        vision = config["vision_config"]
-        self.patch, self.merge = vision["patch_size"], vision["spatial_merge_size"]
-        self.temporal = vision["temporal_patch_size"]
-        for name, value in (("patch_size", self.patch), ("merge_size", self.merge)):
-            if settings.get(name, value) != value:
-                raise ValueError(f"{folder}: {name} is {settings[name]} in "
-                                 f"preprocessor_config.json, but {value} in config.json.")
-        self.factor = self.patch * self.merge           # a visual token is factor x factor pixels
+        settings = self.RELEASED | (json.loads(settings.read_text()) if settings.exists() else {})
         self.max_visual_tokens = max_visual_tokens
         self.max_tokens, self.max_text_tokens = max_tokens, max_text_tokens
-        self.min_pixels = settings.get("min_pixels") or settings["size"]["shortest_edge"]
-        self.max_pixels = min(settings.get("max_pixels") or settings["size"]["longest_edge"],
-                              max_visual_tokens * self.factor ** 2)
-        if self.min_pixels > self.max_pixels:
-            raise ValueError(f"{folder}: an image has at least {self.min_pixels} pixels, but "
-                             f"{max_visual_tokens} visual tokens hold {self.max_pixels} only.")
+        self.read_settings(folder, config, settings)
         # A byte has 256 values, so rescaling and normalising are one table, rounded as transformers
         # rounds (the product in float64, the rest in float32).
         scaled = (np.arange(256) * settings["rescale_factor"]).astype(np.float32)
@@ -152,16 +149,40 @@ class Processor:
         except Exception as error:                       # the package raises nothing more special
             raise ValueError(f"{folder}/tokenizer.json cannot be read: {error}") from None
         self.tokenizer.encode_special_tokens = True      # "text is text", see above
-        named = dict(image_pad="image_token_id", vision_start="vision_start_token_id",
-                     vision_end="vision_end_token_id", im_start="", im_end="", endoftext="")
-        self.special = {name: self.tokenizer.token_to_id(f"<|{name}|>") for name in named}
-        for name, key in named.items():
+        self.special = {}
+        for name, (token, key) in self.SPECIAL.items():
+            self.special[name] = self.tokenizer.token_to_id(token)
             if self.special[name] is None or key and config.get(key) != self.special[name]:
-                raise ValueError(f"{folder}: <|{name}|> is token {self.special[name]} in "
+                raise ValueError(f"{folder}: {token} is token {self.special[name]} in "
                                  f"tokenizer.json, but {config.get(key, 'needed')} in config.json.")
         self.pad_id = self.special["endoftext"]
         self.scores = None                               # (sample, Encoded) -> rho, from a cache
         self.header, self.newline = self.tokenize("assistant\n"), self.tokenize("\n")
+
+    def read_settings(self, folder, config, settings):
+        """What decides the size of an image."""
+        vision = config["vision_config"]
+        self.patch, self.merge = vision["patch_size"], vision["spatial_merge_size"]
+        self.temporal = vision["temporal_patch_size"]
+        for name, value in (("patch_size", self.patch), ("merge_size", self.merge)):
+            if settings.get(name, value) != value:
+                raise ValueError(f"{folder}: {name} is {settings[name]} in "
+                                 f"preprocessor_config.json, but {value} in config.json.")
+        self.factor = self.patch * self.merge           # a visual token is factor x factor pixels
+        self.min_pixels = settings.get("min_pixels") or settings["size"]["shortest_edge"]
+        self.max_pixels = min(settings.get("max_pixels") or settings["size"]["longest_edge"],
+                              self.max_visual_tokens * self.factor ** 2)
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"{folder}: an image has at least {self.min_pixels} pixels, but "
+                             f"{self.max_visual_tokens} visual tokens hold {self.max_pixels} only.")
+
+    limit = property(lambda self: self.max_pixels)       # of one image: here counted in pixels
+
+    def bounded(self, least, most):
+        """A copy whose images have so many visual tokens."""
+        other = copy.copy(self)
+        other.min_pixels, other.max_pixels = (n * self.factor ** 2 for n in (least, most))
+        return other
 
     def __setstate__(self, state):                       # a pickled Tokenizer forgets this switch
         self.__dict__.update(state)
@@ -183,9 +204,13 @@ class Processor:
     def patches(self, source, max_pixels=None):
         """Path or PIL image -> pixels (n, C·t·p·p) float32 by merge block, grid [1, gh, gw]."""
         image = read_image(source)
-        h, w = self.target(image.size, max_pixels or self.max_pixels)
-        image = image.resize((w, h), Image.Resampling.BICUBIC)
-        p, m, gh, gw = self.patch, self.merge, h // self.patch, w // self.patch
+        h, w = self.target(image.size, max_pixels or self.limit)
+        return self.cut(image.resize((w, h), Image.Resampling.BICUBIC))
+
+    def cut(self, image):
+        """An image of whole merge blocks -> its patches and grid, as above."""
+        (w, h), p, m = image.size, self.patch, self.merge
+        gh, gw = h // p, w // p
         x = np.asarray(image).reshape(gh // m, m, p, gw // m, m, p, 3)        # rows, columns, C
         x = x.transpose(0, 3, 1, 4, 6, 2, 5).reshape(gh * gw, 3, 1, p * p)    # (n, C, 1, p·p)
         pixels = np.empty((gh * gw, 3, self.temporal, p * p), np.float32)     # (n, C, t, p·p)
@@ -201,7 +226,7 @@ class Processor:
             with open_image(image) as file:
                 size = file.size
         check_size(*size, name)
-        tokens = self.visual_tokens(size, self.max_pixels)
+        tokens = self.visual_tokens(size, self.limit)
         if tokens > self.max_visual_tokens:      # a strip: its short side has one token at least
             raise ValueError(f"{name} with {size[0]} x {size[1]} pixels needs {tokens} visual "
                              f"tokens, above the limit of {self.max_visual_tokens}.")
@@ -216,16 +241,34 @@ class Processor:
         def tokens(limit):                       # and two more that stand around each image
             return sum(self.visual_tokens(size, limit) + 2 for size in sizes)
 
-        room, limit = int((1 - TEXT_SHARE) * self.max_tokens), self.max_pixels
+        room, limit = int((1 - TEXT_SHARE) * self.max_tokens), self.limit
         if len(sizes) < 2 or tokens(limit) <= room:
             return limit
-        token = self.factor ** 2                 # in pixels; all limits, from the largest:
-        limits = [*range(limit // token * token, self.min_pixels, -token), self.min_pixels]
+        limits = self.limits()
         at = bisect.bisect_left(limits, -room, key=lambda limit: -tokens(limit))
         return limits[min(at, len(limits) - 1)]
 
+    def limits(self):
+        """All limits of an image, from the largest."""
+        token = self.factor ** 2                                                      # in pixels
+        return [*range(self.limit // token * token, self.min_pixels, -token), self.min_pixels]
+
+    def shape(self, size, limit):
+        """What `picture` must know of an image: here how many visual tokens it has."""
+        return self.visual_tokens(size, limit)
+
+    def picture(self, shape):
+        """The ids of an image, with those around it."""
+        s = self.special
+        return [s["vision_start"]] + [s["image_pad"]] * shape + [s["vision_end"]]
+
+    def as_map(self, rho, grids, size):
+        """The densities of a sample's only image, of (width, height) in the file, on its page ->
+        (rows, columns)."""
+        return rho.view(*(n // self.merge for n in grids[0, 1:].tolist()))
+
     def runs(self, sample, visual, add_generation_prompt=False):
-        """The sample as runs [ids, supervised, is_text]; `visual` has the tokens of each image.
+        """The sample as runs [ids, supervised, is_text]; `visual` has the `shape` of each image.
 
         The released template, which has no default system prompt:
             <|im_start|>user\\n<|vision_start|><|image_pad|>...<|vision_end|>Question<|im_end|>\\n
@@ -252,9 +295,9 @@ class Processor:
                     text += part["text"]
                     continue
                 put(self.tokenize(text), learn, True)        # a run ends at an image or a message
-                text = ""
+                text = self.after_image if part else ""
                 if part:
-                    put([s["vision_start"]] + [s["image_pad"]] * next(visual) + [s["vision_end"]])
+                    put(self.picture(next(visual)))
             put([s["im_end" if chat else "endoftext"]], learn)
             put(self.newline if chat else [])
         put([s["im_start"]] + self.header if add_generation_prompt else [])
@@ -284,7 +327,7 @@ class Processor:
         with located(where):
             sizes = [self.size(image) for image in sample.images]
         limit = self.shared_limit(sizes)
-        visual = [self.visual_tokens(size, limit) for size in sizes]
+        visual = [self.shape(size, limit) for size in sizes]
         runs = self.runs(sample, visual, add_generation_prompt)
         return runs, self.shorten(runs, cap, where), limit
 
@@ -300,11 +343,19 @@ class Processor:
         ids = torch.tensor([i for ids, *_ in runs for i in ids])                          # (T,)
         learn = torch.tensor([learn for ids, learn, _ in runs for _ in ids])              # (T,)
         pixels = torch.from_numpy(np.concatenate([x for x, _ in images])) if images else None
-        grids = torch.tensor([grid for _, grid in images]) if images else None
+        grids = torch.cat([torch.tensor(grid).view(-1, 3) for _, grid in images]) if images else None
         labels = torch.where(learn, ids, IGNORED)
         encoded = Encoded(sample.id, ids, labels, pixels, grids, sample.source, cut)
         encoded.rho = self.scores(sample, encoded) if self.scores else None
         return encoded
+
+
+def processor_of(folder, **caps):
+    """The Processor of a model's folder: the one above, or that of another teacher's file."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
+    return (config_class(path, read_object(path)).Processor or Processor)(folder, **caps)
 
 
 def encode_rows(processor, sample):

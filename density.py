@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 
-from data import BadSample, Processor, Sample, each, read_data
+from data import BadSample, Sample, each, processor_of, read_data
 from model import Qwen3VL, device_of, dtype_of
 from parts.cache import Cache, contents, dequantise, quantise, tower_fingerprint, write_cache
 from parts.images import read_image
@@ -89,6 +89,16 @@ def image_densities(features, grids, merge):
     if not torch.isfinite(rho).all():             # else min-max would make the whole sample uniform
         raise ValueError("features are not finite: are pixels or the vision tower damaged?")
     return rho
+
+
+def densities(teacher, seen, grids):
+    """rho (n_visual,) of what the teacher's tower gave, a VisionOut: of merge blocks, or the mean
+    over the patches that a token is mixed from, by their shares."""
+    rho = image_densities(seen.patches, grids, teacher.config.vision.spatial_merge_size)
+    if seen.mix is None:
+        return rho
+    parts = rho.split([t * h * w for t, h, w in grids.tolist()])
+    return torch.cat([shares.float() @ part for shares, part in zip(seen.mix, parts)])
 
 
 # ---- From density to weights (Eq. 3, Algorithm 1) ------------------------------------------------
@@ -261,7 +271,7 @@ def sample_density(teacher, processor, sample):
     with torch.no_grad():
         seen = teacher.visual(encoded.pixels.to(like), encoded.grids.to(like.device))
     try:
-        rho = image_densities(seen.patches, encoded.grids, teacher.config.vision.spatial_merge_size)
+        rho = densities(teacher, seen, encoded.grids)
     except ValueError as error:
         raise ValueError(f"{sample.where or sample.id}: {error}") from None
     return encoded, rho.cpu()
@@ -270,9 +280,8 @@ def sample_density(teacher, processor, sample):
 def draw_sample(teacher, processor, sample, path):
     """Writes the map of a sample's only image. -> its rho (n_visual,)"""
     encoded, rho = sample_density(teacher, processor, sample)
-    m, (_, h, w) = teacher.config.vision.spatial_merge_size, encoded.grids[0].tolist()
     image = read_image(sample.images[0])                 # upright and on white, as the tower saw it
-    draw_map(image, rho.view(h // m, w // m)).save(path)
+    draw_map(image, processor.as_map(rho, encoded.grids, image.size)).save(path)
     return rho
 
 
@@ -335,7 +344,7 @@ def main():
     device = device_of()
     try:
         teacher = Qwen3VL.from_pretrained(args.teacher, dtype_of(args.dtype, device), device)
-        processor = Processor(args.teacher)
+        processor = processor_of(args.teacher)
         if args.images:
             draw_files(args.images, teacher, processor, args.out)
         if args.cache:

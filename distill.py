@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 
 from data import IGNORED, BadSample, following, read_data
-from density import WEIGHTS, Weighting, draw_sample, image_densities, to_positions, visual_positions
+from density import WEIGHTS, Weighting, densities, draw_sample, to_positions, visual_positions
 from fisher import open_scores, position_scores, write_scores
 from loop import (Checked, Settings, claim, load_model, load_parameters, one_sentence, parse, print_needs,
                   run, setting, start_processes)
@@ -77,7 +77,7 @@ CONDS = {
 
 @dataclass
 class DistillSettings(Settings):
-    teacher: str = setting("tiny", "folder of a Qwen3-VL checkpoint")
+    teacher: str = setting("tiny", "folder of a Qwen3-VL or InternVL-3.5 checkpoint")
     cond: str = setting("c4", "a row of CONDS", list(CONDS))
     mixer: str = setting("", "mamba2, gdn or FILE.py:CLASS; empty: as the condition says")
     keep_every: int = setting(4, "attention stays in every so-many-th layer (ledger 1)", low=2)
@@ -273,9 +273,8 @@ class Distillation:
             return position_scores(self.teacher, self.replaced, self.cond.layers, e, batch)
         if vision is None:
             return to_positions(None, visual)
-        merge = self.student.config.vision.spatial_merge_size
         try:
-            return to_positions(image_densities(vision.patches, batch.grids, merge), visual)
+            return to_positions(densities(self.teacher, vision, batch.grids), visual)
         except ValueError as error:
             raise BadSample(f"one of {', '.join(batch.names)}: {error}") from None
 

@@ -11,7 +11,6 @@ dict: benchmark, id, part, question, image (references), gold, row (what the met
 answer, parsed, unparsed, score (0..1; None where this kind of question is not scored).
 """
 import argparse
-import copy
 import hashlib
 import itertools
 import json
@@ -31,7 +30,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data import BadSample, Processor, Sample, collate
+from data import BadSample, Sample, collate, processor_of
 from model import Config, Qwen3VL, device_of, dtype_of
 from parts import images
 from parts.benchmarks import BENCHMARKS, EMBEDDED, HARNESS_TOKENS, SYSTEM
@@ -157,16 +156,13 @@ def file_record(name, row, number, place):
 
 def full_processor(folder):
     """A Processor that cuts no question short: training's caps are not for evaluation."""
-    return Processor(folder, max_tokens=262144, max_text_tokens=262144,
-                     max_visual_tokens=HARNESS_TOKENS[1])
+    return processor_of(folder, max_tokens=262144, max_text_tokens=262144,
+                        max_visual_tokens=HARNESS_TOKENS[1])
 
 
 def harness_processor(processor):
     """The same with lmms-eval's bounds on an image, for questions from files."""
-    processor = copy.copy(processor)
-    bounds = [tokens * processor.factor ** 2 for tokens in HARNESS_TOKENS]
-    processor.min_pixels, processor.max_pixels = bounds
-    return processor
+    return processor.bounded(*HARNESS_TOKENS)
 
 
 def answer(model, processor, samples, batch_size=16, max_new_tokens=32, label="answers",

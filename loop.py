@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import BadSamples, Plan, Processor, fetch, loader, read_data
+from data import BadSamples, Plan, fetch, loader, processor_of, read_data
 from model import Config, Qwen3VL, device_of, dtype_of, find_tensors
 from parts.memory import estimate_memory
 from parts.ranks import (Ranks, clip_gradients, gather_shard, load_like, reduce_gradients,
@@ -169,9 +169,9 @@ def load_model(s, flag, device, **caps):
     for file in ("config.json", "tokenizer.json"):
         if not (folder / file).is_file():
             sys.exit(f"--{flag} {folder}: there is no {file}; give the folder of a downloaded "
-                     "Qwen3-VL checkpoint")
+                     "checkpoint")
     model = Qwen3VL.from_pretrained(folder, dtype_of(s.dtype, device), device)
-    return model, Processor(folder, **caps)
+    return model, processor_of(folder, **caps)
 
 
 class Checked:

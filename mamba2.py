@@ -149,12 +149,13 @@ class RecurrentMixer(nn.Module):
         G, P = config.num_key_value_heads, config.head_dim
         if H % G:
             raise ValueError(f"{H} heads cannot share {G} key/value groups evenly")
-        self.q_proj = nn.Linear(D, H * P, bias=False)
-        self.k_proj = nn.Linear(D, G * P, bias=False)
-        self.v_proj = nn.Linear(D, G * P, bias=False)
+        self.q_proj = nn.Linear(D, H * P, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, G * P, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, G * P, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * P, D, bias=False)
-        self.q_norm = nn.RMSNorm(P, config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(P, config.rms_norm_eps)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(P, config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(P, config.rms_norm_eps)
         self.conv = nn.Parameter(torch.zeros((H + 2 * G) * P, 4))
 
     @torch.no_grad()
@@ -192,7 +193,8 @@ class RecurrentMixer(nn.Module):
             p.data = p.data.to(torch.promote_types(like.dtype, torch.float32))
         mixer = mixer.to_empty(device=like.device)
         for name in cls.INHERITED:
-            getattr(mixer, name).load_state_dict(getattr(attention, name).state_dict())
+            if hasattr(attention, name):                  # GLM's attention has no QK-norm
+                getattr(mixer, name).load_state_dict(getattr(attention, name).state_dict())
         mixer.init_new(init, generator)
         return mixer
 
@@ -200,6 +202,8 @@ class RecurrentMixer(nn.Module):
         """x (B,T,D) -> normalised queries times `scale` (B,T,H,P) and keys (B,T,G,P). No RoPE: a
         recurrence knows the order of what it reads."""
         heads = (*x.shape[:2], -1, self.config.head_dim)
+        if not self.config.qk_norm:
+            return self.q_proj(x).view(heads) * scale, self.k_proj(x).view(heads)
         return (norm_scale(self.q_proj(x).view(heads), self.q_norm.weight, self.q_norm.eps, scale),
                 norm_scale(self.k_proj(x).view(heads), self.k_norm.weight, self.k_norm.eps, 1.0))
 

@@ -28,7 +28,7 @@ groups, N visual patches (here) or state dim (in mixers), V vocabulary.
 """
 import copy
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn as nn
@@ -37,7 +37,7 @@ from einops import rearrange
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
-from parts.checkpoint import copy_companions, device_of, dtype_of, find_tensors, read_weights, write_folder  # noqa: F401
+from parts.checkpoint import as_stored, copy_companions, device_of, dtype_of, find_tensors, read_weights, write_folder  # noqa: F401
 from parts.config import Config, TextConfig, VisionConfig, read_object  # noqa: F401
 from parts.decoding import FixedCache, KVCache, Replayed, append, attend_fixed, sample  # noqa: F401
 from parts.fast import SwiGLU, norm_rotate, rms_norm, rotate
@@ -51,6 +51,8 @@ class VisionOut(NamedTuple):
     tokens: torch.Tensor            # (visual tokens, D)  replace the placeholder embeddings
     deepstack: list                 # of (visual tokens, D), added after decoder layers 0, 1, 2, ...
     patches: torch.Tensor           # (patches, Dv)  last ViT block: what density.py measures
+    mix: Optional[list] = None      # of (tokens, patches) for each grid: the shares of the patches in
+                                    # a token that is no merge block; else None
 
 
 def block_order(h, w, m):
@@ -200,26 +202,34 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with QK-norm: the mixer whose weights seed all others."""
+    """Grouped-query attention with QK-norm: the mixer whose weights seed all others. Other teachers'
+    have none, or biases."""
 
     def __init__(self, config, layer):
         super().__init__()
         self.config, self.layer = config, layer
         d, p = config.hidden_size, config.head_dim
         h, g = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(d, h * p, bias=False)
-        self.k_proj = nn.Linear(d, g * p, bias=False)
-        self.v_proj = nn.Linear(d, g * p, bias=False)
+        self.q_proj = nn.Linear(d, h * p, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(d, g * p, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(d, g * p, bias=config.qkv_bias)
         self.o_proj = nn.Linear(h * p, d, bias=False)
-        self.q_norm = RMSNorm(p, config.rms_norm_eps)
-        self.k_norm = RMSNorm(p, config.rms_norm_eps)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(p, config.rms_norm_eps)
+            self.k_norm = RMSNorm(p, config.rms_norm_eps)
 
-    def forward(self, x, mask=None, state=None, rope=None):                             # (B, T, D)
-        q, k, v = (f(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)       # (B, H or G, T, P)
+    def heads(self, x, rope):
+        """x (B,T,D) -> q (B,H,T,P), k and v (B,G,T,P); q and k are rotated."""
+        q, k, v = (f(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
                    for f in (self.q_proj, self.k_proj, self.v_proj))
         cos, sin = (t[:, None] for t in rope)                                         # (B, 1, T, P)
-        q = norm_rotate(q, self.q_norm.weight, cos, sin, self.q_norm.eps)
-        k = norm_rotate(k, self.k_norm.weight, cos, sin, self.k_norm.eps)
+        if not self.config.qk_norm:
+            return rotate(q, cos, sin), rotate(k, cos, sin), v
+        return (norm_rotate(q, self.q_norm.weight, cos, sin, self.q_norm.eps),
+                norm_rotate(k, self.k_norm.weight, cos, sin, self.k_norm.eps), v)
+
+    def forward(self, x, mask=None, state=None, rope=None):                             # (B, T, D)
+        q, k, v = self.heads(x, rope)
         if isinstance(state, FixedCache):                 # one step of a replayed decoding
             y = attend_fixed(state, q, k, v)                                          # (B, H, 1, P)
         else:
@@ -282,7 +292,8 @@ class TextModel(nn.Module):
         replaced = set(hybrid["layers"]) if hybrid else ()
         mixer = mixer_class(hybrid["mixer"]) if hybrid else None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, mixer if i in replaced else Attention)
+        layer, attention = config.Layer or DecoderLayer, config.Attention or Attention
+        self.layers = nn.ModuleList(layer(config, i, mixer if i in replaced else attention)
                                     for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -290,7 +301,7 @@ class TextModel(nn.Module):
 class Backbone(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.visual = VisionTower(c.vision)
+        self.visual = c.Tower(c) if c.Tower else VisionTower(c.vision)
         self.language_model = TextModel(c.text, c.hybrid)
 
 
@@ -381,6 +392,9 @@ def causal_mask_needed(mask):
 
 
 class Qwen3VL(nn.Module):
+    """Where config is another teacher's, `config.Tower` and its like take the places of the classes
+    above; all else is the same."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -395,6 +409,9 @@ class Qwen3VL(nn.Module):
     visual = property(lambda self: self.model.visual)
     layers = property(lambda self: self.model.language_model.layers)
     norm = property(lambda self: self.model.language_model.norm)
+
+    def rotary(self, positions, dtype):
+        return (self.config.text.rotary or mrope)(positions, self.config.text, dtype)
 
     def embed(self, ids, mask=None, pixels=None, grids=None, vision=None):
         """Tokens and images -> the residual stream before layer 0, and what the layers need with
@@ -411,8 +428,9 @@ class Qwen3VL(nn.Module):
         if vision is None and (pixels is None) != (grids is None):
             raise ValueError("pixels and grids belong together, but only one of them is given")
         x = self.model.language_model.embed_tokens(ids)                                 # (B, T, D)
-        positions, next_position = mrope_positions(ids, mask, grids, self.config)
-        rope = mrope(positions, self.config.text, x.dtype)
+        places = self.config.positions or mrope_positions
+        positions, next_position = places(ids, mask, grids, self.config)
+        rope = self.rotary(positions, x.dtype)
         if vision is None and pixels is not None:
             vision = self.visual(pixels, grids)
         deepstack = []
@@ -480,7 +498,7 @@ class Qwen3VL(nn.Module):
     def step(self, tokens, states, position):
         """One more token for every row. tokens (B,), position (B,) -> logits (B, V), states."""
         x = self.model.language_model.embed_tokens(tokens[:, None])
-        rope = mrope(position[None, :, None].expand(3, -1, 1), self.config.text, x.dtype)
+        rope = self.rotary(position[None, :, None].expand(3, -1, 1), x.dtype)
         h, states = self.decode(x, [], rope, None, states)
         return self.lm_head(self.norm(h[:, 0])), states
 
@@ -550,7 +568,7 @@ class Qwen3VL(nn.Module):
         tied = (head, embeddings) if config.tie_word_embeddings else ()
         shapes = {k: v.shape for k, v in model.state_dict().items() if k not in tied[:1]}
         state = read_weights(folder, shapes, lambda name: dtype and model.dtype_in(name, dtype),
-                             device, tied)
+                             device, tied, config.stored)
         model.load_state_dict({**state, head: state[embeddings]} if tied else state, assign=True)
         if lost := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
             raise ValueError(f"{folder}: {', '.join(lost)} of a mixer are in no file; buffers must "
@@ -571,7 +589,7 @@ class Qwen3VL(nn.Module):
         appears whole or not at all."""
         state = {k: v for k, v in self.state_dict().items()
                  if not (self.config.tie_word_embeddings and k == "lm_head.weight")}
-        write_folder(folder, self.config.to_json(), state, shard_bytes)
+        write_folder(folder, self.config.to_json(), as_stored(state, self.config.stored), shard_bytes)
         if self.folder and self.folder.resolve() != Path(folder).resolve():
             copy_companions(self.folder, folder)
 

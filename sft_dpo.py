@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import IGNORED, BadSample, NoPreference, Processor, following, read_data
+from data import IGNORED, BadSample, NoPreference, following, processor_of, read_data
 from loop import (Checked, Settings, claim, load_model, load_parameters, one_sentence, parse,
                   print_needs, run, setting, start_processes)
 from model import Config, Qwen3VL, dtype_of
@@ -274,7 +274,7 @@ def dry_run(s, phase):
     trained = phase.objective(s, model).parameters()
     frozen = {name: p for name, p in model.named_parameters() if name not in trained}
     if not s.tokens and Path(s.data).is_file() and (Path(s.model) / "tokenizer.json").is_file():
-        s.tokens = epoch_tokens(read_samples(s, phase), Processor(s.model, **caps(s, phase)))
+        s.tokens = epoch_tokens(read_samples(s, phase), processor_of(s.model, **caps(s, phase)))
     millions = [sum(p.numel() for p in part.values()) / 1e6 for part in (frozen, trained)]
     print(f"{s.model}: {millions[0]:,.1f} M parameters stay frozen, {millions[1]:,.1f} M train")
     print_needs(s, s.model, frozen, trained)

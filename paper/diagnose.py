@@ -39,15 +39,14 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from scipy import stats
 from tqdm import tqdm
 
-from data import IGNORED, BadSample, Processor, read_data
-from density import image_densities
+from data import IGNORED, BadSample, processor_of, read_data
+from density import densities
 from distill import drift as squared_drift
 from fisher import fisher_scores
-from model import Qwen3VL, device_of, dtype_of, rotate
+from model import Qwen3VL, device_of, dtype_of
 from parts.images import read_image
 from synthdoc import SUITES, World
 
@@ -87,11 +86,8 @@ def attention_received(attention, x, rope, chunk=256):
     Sect. 3 names "teacher attention concentration" without a formula. Without the mean over queries
     the first positions would lead simply because more queries see them.
     """
-    q, k = (rearrange(f(x), "1 t (h p) -> h t p", p=attention.config.head_dim)
-            for f in (attention.q_proj, attention.k_proj))
-    q = rotate(attention.q_norm(q), *rope)                                              # (H, T, P)
-    k = rotate(attention.k_norm(k), *rope).repeat_interleave(len(q) // len(k), dim=0)
-    T = x.shape[1]
+    q, k = (heads[0] for heads in attention.heads(x, rope)[:2])                # (H or G, T, P)
+    k, T = k.repeat_interleave(len(q) // len(k), dim=0), x.shape[1]
     at, total = torch.arange(T, device=x.device), torch.zeros(T, device=x.device)
     for a in range(0, T, chunk):
         scores = (q[:, a:a + chunk] @ k.mT).float() / q.shape[-1] ** 0.5             # (H, chunk, T)
@@ -170,7 +166,7 @@ def measure(teacher, students, page, shown, each):
         for name, student in students.items():
             own = student.embed(ids[None], None, pixels, grids)      # after SFT not the teacher's
             walked[name] = walk(teacher, student, e, own).cpu().double().numpy()
-    rho = image_densities(vision.patches, page.grids, m).double().cpu().numpy()               # (N,)
+    rho = densities(teacher, vision, page.grids).double().cpu().numpy()               # (N,)
     where, group = visual.nonzero()[:, 0], torch.from_numpy(deciles(rho)).to(device)
     single = torch.arange(len(where) if each else 0, device=device)
     hidden = torch.zeros(1 + GROUPS + len(single), len(ids), dtype=torch.bool, device=device)
@@ -546,6 +542,9 @@ def load(a):
     teacher, *students = (
         Qwen3VL.from_pretrained(folder, dtype_of("", device), device).requires_grad_(False)
         for folder in (a.teacher, *a.student))
+    if teacher.config.Tower:
+        raise ValueError(f"--teacher {a.teacher} is no Qwen3-VL, of whose grid of patches the maps "
+                         "are drawn")
     tower = teacher.visual.blocks.state_dict()
     for folder, student in zip(a.student, students):
         if teacher.config.hybrid or not student.config.hybrid:
@@ -560,7 +559,7 @@ def load(a):
     if len(named) < len(students):
         raise ValueError("--student: folders are told apart by their last part, which two of them "
                          "share")
-    return teacher, named, Processor(a.teacher)
+    return teacher, named, processor_of(a.teacher)
 
 
 def pages(data, processor):

@@ -112,10 +112,10 @@ def judge(folder, page, suites):
     """-> {family: string of 0 and 1, a question each}, the evaluation world's first QUESTIONS a
     suite."""
     import torch
-    from data import Processor
+    from data import processor_of
     from evaluate import evaluate_models
     torch.set_num_threads(1)
-    benches, processor = dict.fromkeys(suites), Processor(folder)
+    benches, processor = dict.fromkeys(suites), processor_of(folder)
     records = evaluate_models({"model": folder}, processor, QUESTIONS, benches, dtype=torch.float32,
                               page=page)["model"]
     marks = {}

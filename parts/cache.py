@@ -54,8 +54,7 @@ def fingerprint(weights, preprocessing):
 
 def tower_fingerprint(teacher, processor):
     """What decides rho besides the image: the vision tower, and how the processor feeds it."""
-    names = ("patch", "merge", "temporal", "min_pixels", "max_pixels")
-    settings = {name: getattr(processor, name) for name in names}
+    settings = {name: getattr(processor, name) for name in processor.DECIDES}
     return fingerprint(teacher.visual, settings | {"table": processor.table.tolist()})
 
 

@@ -64,15 +64,19 @@ def find_tensors(folder):
     return where, wrong
 
 
-def read_weights(folder, shapes, dtype_for, device, tied=()):
+def read_weights(folder, shapes, dtype_for, device, tied=(), stored=lambda name: [name]):
     """-> {name: tensor} for `shapes` {name: shape}. Raises one ValueError that names all that is
     wrong.
 
     dtype_for(name) -> dtype, or None for the stored one. tied: (name, other) where `name` may stand
-    in the files, and must then equal `other`. The files are mapped, not read: on the CPU and in the
+    in the files, and must then equal `other`. stored(name) -> the names in the files of the parts
+    that make `name`, one after another in its first dimension. The files are mapped, not read: on the CPU and in the
     stored dtype the tensors *are* the mapping, and otherwise one at a time is converted.
     """
     where, wrong = find_tensors(folder)
+    whole, tied = {name: stored(name) for name in shapes}, [stored(name)[0] for name in tied]
+    owner = {n: name for name, parts in whole.items() for n in parts}
+    shapes = {n: parted(shapes[name], len(whole[name])) for n, name in owner.items()}
     wrong += [f"missing tensor {n} {list(shapes[n])}" for n in shapes if n not in where]
     wrong += [f"unexpected tensor {n}" for n in where if n not in shapes and n not in tied]
     wrong += [f"{n} has shape {list(where[n][1])} where {list(shapes[n])} is needed"
@@ -84,7 +88,7 @@ def read_weights(folder, shapes, dtype_for, device, tied=()):
         file = where[name][0]
         with safe_open(file, framework="pt") as f:
             stored = f.get_tensor(name)
-            state[name] = stored.to(device=device, dtype=dtype_for(name))
+            state[name] = stored.to(device=device, dtype=dtype_for(owner[name]))
         if state[name] is stored:               # not converted: one lasting mapping serves them all
             kept[file] = kept.get(file) or safe_open(file, framework="pt")
             state[name] = kept[file].get_tensor(name)
@@ -94,7 +98,19 @@ def read_weights(folder, shapes, dtype_for, device, tied=()):
             other = state[tied[1]]
             if not torch.equal(f.get_tensor(tied[0]).to(other), other):
                 raise ValueError(f"{folder} has tie_word_embeddings, but an {tied[0]} other than its embeddings")
-    return state
+    return {name: state[parts[0]] if len(parts) == 1 else torch.cat([state[n] for n in parts])
+            for name, parts in whole.items()}
+
+
+def parted(shape, parts):
+    return tuple(shape) if parts == 1 else (shape[0] // parts, *shape[1:])
+
+
+def as_stored(state, stored):
+    """The other way: {name: tensor} under the names in the files."""
+    return {n: piece for name, t in state.items()
+            for n, piece in zip(stored(name), [t] if len(stored(name)) == 1
+                                else t.chunk(len(stored(name))))}
 
 
 def write_folder(folder, config, state, shard_bytes):
@@ -129,7 +145,8 @@ def write_folder(folder, config, state, shard_bytes):
         file.unlink()
 
 
-COMPANIONS = ("tokenizer*", "preprocessor_config.json", "generation_config.json", "chat_template*", "vocab.json", "merges.txt",
+COMPANIONS = ("tokenizer*", "preprocessor_config.json", "processor_config.json",
+              "added_tokens.json", "generation_config.json", "chat_template*", "vocab.json", "merges.txt",
               "special_tokens_map.json", "video_preprocessor_config.json")
 
 

@@ -1,13 +1,18 @@
 """config.json of a Qwen3-VL (dense): read strictly, with every fault named by file and field, and
-written again.
+written again. Other teachers' are read in their own files, which `TEACHERS` names by model_type.
 
 Field names are those of the file. Its letters, as everywhere: D model width, H heads, G key/value
 groups, P head dim.
 """
+import importlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Optional
+
+# model_type of another teacher: the file that has its Config
+TEACHERS = {"internvl": "internvl", "internvl_chat": "internvl"}
+
 
 def read_object(path):
     """The JSON object in a file. Raises ValueError with the file's name."""
@@ -43,6 +48,53 @@ def fill(kind, values, where):
     return kind(**{f.name: values[f.name] for f in fields(kind)})
 
 
+def config_class(path, raw):
+    """Config, or the one of another teacher's file, which is imported when its model_type is
+    met."""
+    kind = raw.get("model_type")
+    if kind == "qwen3_vl":
+        return Config
+    if not isinstance(kind, str) or kind not in TEACHERS:
+        known = ", ".join(["the dense qwen3_vl", *TEACHERS])
+        raise ValueError(f"{path}: model_type is {kind!r}, but only {known} are implemented")
+    return importlib.import_module(TEACHERS[kind]).Config
+
+
+def part(raw, key):
+    return raw[key] if isinstance(raw.get(key), dict) else {}
+
+
+def with_rope(path, text):
+    """text_config with what its rope settings name, and these: rope_scaling in released
+    checkpoints, rope_parameters in those of transformers 5."""
+    rope = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(text.get(key) or {}, dict):
+            raise ValueError(f"{path}: {key} is no object")
+        rope |= text.get(key) or {}
+    named = ("rope_theta", "mrope_section", "partial_rotary_factor")
+    return {**text, **{k: rope[k] for k in named if k in rope}}, rope
+
+
+def demand(path, *rows):
+    """Refuses what is not implemented. rows: (object, key, the values that are)."""
+    for values, key, *ours in rows:
+        if str(values.get(key, ours[0])) not in map(str, ours):
+            raise ValueError(f"{path}: {key} is {values[key]!r}, but only {ours[0]!r} is "
+                             "implemented")
+
+
+def ends_and_hybrid(path, raw, text):
+    """The fields of Config that all teachers read alike."""
+    tied, places = raw.get("tie_word_embeddings", text.get("tie_word_embeddings")), [raw, text]
+    if (generation := path.parent / "generation_config.json").is_file():
+        places.insert(0, read_object(generation))
+    eos = [p["eos_token_id"] for p in places if p.get("eos_token_id") is not None]
+    eos = eos[0] if eos else Config().eos_token_id
+    return dict(tie_word_embeddings=bool(tied), hybrid=raw.get("hybrid"),
+                eos_token_id=eos if isinstance(eos, list) else [eos])
+
+
 @dataclass
 class TextConfig:
     vocab_size: int = 151936
@@ -56,6 +108,10 @@ class TextConfig:
     rope_theta: float = 5e6
     mrope_section: list = field(default_factory=lambda: [24, 20, 20])     # frequencies of T, H, W
     max_position_embeddings: int = 262144
+
+    # What a decoder may do otherwise, in classes derived from this one. None: as model.py does.
+    qk_norm, qkv_bias = True, False
+    Layer = Attention = rotary = None
 
 
 @dataclass
@@ -85,48 +141,38 @@ class Config:
     eos_token_id: list = field(default_factory=lambda: [151645, 151643])
     hybrid: Optional[dict] = None  # {"mixer": word or FILE.py:CLASS, "layers": replaced layers (S)}
 
+    # Another teacher's, in a class derived from this one. None: as model.py and data.py do.
+    Tower = Processor = positions = None
+
     @classmethod
     def from_folder(cls, folder):
-        """Reads config.json, and the end of an answer from generation_config.json. Raises
-        ValueError naming file and field on what is missing, malformed or not implemented."""
+        """Reads config.json, by the class that its model_type calls for, and the end of an answer
+        from generation_config.json. Raises ValueError naming file and field on what is missing,
+        malformed or not implemented."""
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
         raw = read_object(path)
-        if raw.get("model_type") != "qwen3_vl":
-            raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}, but only the dense "
-                             "qwen3_vl is implemented")
-        parts = (raw.get("text_config"), raw.get("vision_config"))
-        text, vision = (part if isinstance(part, dict) else {} for part in parts)
-        # The rope settings are spelled rope_scaling by released checkpoints, rope_parameters by
-        # transformers 5.
-        rope = {}
-        for key in ("rope_scaling", "rope_parameters"):
-            if not isinstance(text.get(key) or {}, dict):
-                raise ValueError(f"{path}: {key} is no object")
-            rope |= text.get(key) or {}
-        text = {**text, **{k: rope[k] for k in ("rope_theta", "mrope_section") if k in rope}}
-        for part, key, ours in ((rope, "rope_type", ("default", "mrope")),
-                                (rope, "type", ("default", "mrope")),
-                                (text, "hidden_act", ("silu",)), (text, "attention_bias", (False,)),
-                                (vision, "hidden_act", ("gelu_pytorch_tanh",))):
-            if str(part.get(key, ours[0])) not in map(str, ours):
-                raise ValueError(f"{path}: {key} is {part[key]!r}, but only {ours[0]!r} is "
-                                 "implemented")
+        return config_class(path, raw).read(path, raw)
+
+    @classmethod
+    def read(cls, path, raw):
+        text, vision = part(raw, "text_config"), part(raw, "vision_config")
+        text, rope = with_rope(path, text)
+        demand(path, (rope, "rope_type", "default", "mrope"), (rope, "type", "default", "mrope"),
+               (text, "hidden_act", "silu"), (text, "attention_bias", False),
+               (vision, "hidden_act", "gelu_pytorch_tanh"))
         ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        top = {k: raw[k] for k in (*ids, "hybrid") if raw.get(k) is not None}
-        tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings"))
-        top["tie_word_embeddings"] = bool(tied)
-        places = [raw, text]
-        if (generation := Path(folder) / "generation_config.json").is_file():
-            places.insert(0, read_object(generation))
-        eos = [p["eos_token_id"] for p in places if p.get("eos_token_id") is not None]
-        eos = eos[0] if eos else cls().eos_token_id
-        top["eos_token_id"] = eos if isinstance(eos, list) else [eos]
+        top = {k: raw[k] for k in ids if raw.get(k) is not None} | ends_and_hybrid(path, raw, text)
         config = cls(fill(TextConfig, text, f"{path}, text_config"),
                      fill(VisionConfig, vision, f"{path}, vision_config"), **top)
         check_shapes(config, path)
         return config
+
+    def stored(self, name):
+        """The names of the file's tensors that make this parameter, one after another in its first
+        dimension. Qwen3-VL's have the names of the parameters."""
+        return [name]
 
     def to_json(self):
         text, top = asdict(self.text), asdict(self)
@@ -148,10 +194,9 @@ def check_shapes(config, path):
     model.Config."""
     t, v = config.text, config.vision
     side = round(v.num_position_embeddings ** 0.5)
-    blocks, ids = v.deepstack_visual_indexes, (config.image_token_id, config.video_token_id)
-    rules = [
-        (t.num_attention_heads % t.num_key_value_heads == 0,
-         "num_attention_heads is no multiple of num_key_value_heads"),
+    blocks = v.deepstack_visual_indexes
+    check_decoder(config, path)
+    insist(path, [
         (len(t.mrope_section) == 3 and 2 * sum(t.mrope_section) == t.head_dim,
          "mrope_section does not sum to half of head_dim"),
         (v.hidden_size % (4 * v.num_heads) == 0,
@@ -161,6 +206,15 @@ def check_shapes(config, path):
         (all(i < v.depth for i in blocks), "deepstack_visual_indexes goes beyond depth"),
         (len(set(blocks)) == len(blocks) <= t.num_hidden_layers,
          "deepstack_visual_indexes repeats a block or has more than the decoder has layers"),
+    ])
+
+
+def check_decoder(config, path):
+    """The rules that hold for every teacher."""
+    t, ids = config.text, (config.image_token_id, config.video_token_id)
+    rules = [
+        (t.num_attention_heads % t.num_key_value_heads == 0,
+         "num_attention_heads is no multiple of num_key_value_heads"),
         (all(type(i) is int for i in (*ids, *config.eos_token_id)), "a token id is no whole number"),
     ]
     if config.hybrid is not None:
@@ -169,6 +223,10 @@ def check_shapes(config, path):
         fits = layers and KINDS[list][0](layers) and max(layers) < t.num_hidden_layers
         rules.append((fits and isinstance(hybrid.get("mixer"), str),
                       "hybrid names no mixer, or layers that there are not"))
+    insist(path, rules)
+
+
+def insist(path, rules):
     for fits, words in rules:
         if not fits:
             raise ValueError(f"{path}: {words}")

@@ -366,3 +366,35 @@ def test_conv_kernel_gets_the_arguments_it_expects(monkeypatch):
     monkeypatch.setattr(fast, "kernel", lambda module, like: reference)
     got = causal_conv(u, weight, padding("left", 9), memory)
     assert torch.allclose(got[0], expected[0], atol=1e-6) and torch.equal(got[1], expected[1])
+
+
+@torch.no_grad()
+def test_a_teacher_without_qk_norm_and_with_biases_hands_them_on():
+    """Attention by loops over queries, with a rotation written out pair by pair; the mixer's queries and keys are plain."""
+    class Biased(TextConfig):
+        qk_norm, qkv_bias = False, True
+    torch.manual_seed(0)
+    config = Biased(hidden_size=12, num_attention_heads=2, num_key_value_heads=1, head_dim=4)
+    attention, x, angle = Attention(config, 0).double(), torch.randn(1, 5, 12).double(), torch.rand(1, 5, 2).double()
+    w = {n: (getattr(attention, f"{n}_proj").weight, getattr(attention, f"{n}_proj").bias) for n in "qkv"}
+    q, k, v = ([(w[n][0] @ x[0, t] + w[n][1]) for t in range(5)] for n in "qkv")
+
+    def turned(head, t):
+        c, s = angle[0, t].cos(), angle[0, t].sin()
+        return torch.cat((head[:2] * c - head[2:] * s, head[2:] * c + head[:2] * s))
+    expected = []
+    for t in range(5):
+        heads = []
+        for h in range(2):
+            score = torch.stack([turned(q[t][4 * h:4 * h + 4], t) @ turned(k[s], s) / 2 for s in range(t + 1)])
+            heads.append(sum(p * v[s] for s, p in enumerate(score.softmax(0))))
+        expected.append(attention.o_proj.weight @ torch.cat(heads))
+    both = torch.cat((angle, angle), -1)
+    torch.testing.assert_close(attention(x, None, None, (both.cos(), both.sin()))[0][0], torch.stack(expected))
+
+    mixer = Mamba2.from_attention(attention)
+    C, B = mixer.queries_keys(x, 0.5)
+    torch.testing.assert_close(C[0].flatten(1), torch.stack(q) / 2)
+    torch.testing.assert_close(B[0].flatten(1), torch.stack(k))
+    torch.testing.assert_close(mixer.v_proj(x)[0], torch.stack(v))
+    assert not any("norm" in name for name, _ in mixer.named_parameters() if name != "out_norm")

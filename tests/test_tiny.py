@@ -2,11 +2,12 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from data import Processor, collate
-from model import Qwen3VL
+from data import Processor, collate, processor_of
+from model import Qwen3VL, VisionOut
 from synthdoc import World
 
 ROOT = Path(__file__).parents[1]
@@ -80,3 +81,31 @@ def test_lessons_never_show_evaluation_digits(monkeypatch):
     for i in range(300):
         world.exercise(i, make_teacher.LESSONS[i % 3])
     assert len(used) > 500 and max(used) < 1797 - 500
+
+
+@pytest.mark.parametrize("cells", make_teacher.SIZES["internvl"])
+def test_tiles_come_back_to_their_places_on_the_page(tmp_path, monkeypatch, cells):
+    """What stands in a patch's place is what it shows: the page's own pixels, cell by cell, thumbnails left out."""
+    monkeypatch.setattr(make_teacher, "make_tokenizer", small_tokenizer)
+    make_teacher.write_folder(tmp_path, "internvl")
+    processor, world = processor_of(tmp_path), World("train", 3, cells=cells)
+    pages = [world.page(world.rng(i), "receipt").image for i in range(2)]
+    pixels = torch.cat([torch.from_numpy(processor.patches(page)[0]) for page in pages])
+    out = make_teacher.on_the_page(VisionOut(pixels.view(-1, 4 * 192), [], pixels), processor, 2, cells)
+    at = 0
+    for page in pages:
+        exact = np.asarray(page.convert("RGB"), np.float32).transpose(2, 0, 1) / 255 * 2 - 1
+        for row in range(cells[0]):
+            for col in range(cells[1]):
+                for y, x in ((16 * row + 8 * i, 16 * col + 8 * j) for i in (0, 1) for j in (0, 1)):
+                    np.testing.assert_allclose(out.patches[at].view(3, 8, 8), exact[:, y:y + 8, x:x + 8], atol=1e-5)
+                    at += 1
+    assert at == len(out.patches) == 4 * len(out.tokens)
+
+
+def small_tokenizer(path, special):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(path))

@@ -1,6 +1,7 @@
 """How the embedded teacher was made: a Qwen3-VL of 2.9 M parameters that reads synthdoc.py's pages.
 
     torchrun --nproc-per-node 2 tiny/make_teacher.py --out out/teacher
+    torchrun --nproc-per-node 2 tiny/make_teacher.py --out out/internvl --like internvl
 
 It is exactly Qwen3-VL's architecture (DeepStack, merger, interleaved MRoPE, QK-norm) in small
 numbers, with its own byte-level BPE tokenizer that has Qwen's special tokens and template. Training
@@ -26,6 +27,10 @@ several values of one kind (up to four items with prices; four named bars) and a
 them, and until minute 81 two shapes were to be compared (above or below?): both stayed at chance.
 Then the world became what synthdoc.py says. The lesson "questions" came in three parts, of 15
 minutes with a third of scenes, 10 with more of them, and 6 with digits and places as below.
+
+With --like internvl the same lessons grow a teacher of InternVL's architecture (not run to its end
+yet). A page is cut into tiles of 5 x 5 cells, and a token learns its place in its tile: no tile
+knows where on the page it is.
 """
 import argparse
 import json
@@ -44,22 +49,25 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from data import Processor, Sample, collate
+from data import Sample, collate, processor_of
 from formats import texts
-from model import Config, Qwen3VL, TextConfig, VisionConfig
+from model import Config, Qwen3VL, TextConfig, VisionConfig, VisionOut
 from synthdoc import (CHARS, COLOURS, HELD_OUT_DIGITS, SHAPES, World, blank, colour, count, dark,
                       plain_text, relation, scans, scene, shape, stamp, write)
 
 BATCH = 32                                                # pages a process takes at once
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+MARKERS = {"qwen3_vl": SPECIAL, "internvl": SPECIAL[:3] + ["<img>", "</img>", "<IMG_CONTEXT>"]}
+TILE = 80                                                 # pixels on a side of InternVL's: 5 x 5 cells
 CLASSES = ["nothing", *CHARS, *(f"written {d}" for d in range(10)),
            *(f"{c} {s}" for c in COLOURS for s in SHAPES)]
 INDEX = {name: i for i, name in enumerate(CLASSES)}
-SIZES = [(4, 8), (6, 8), (8, 8), (10, 10)]                # of pages in cells; the evaluation's last
+SIZES = {"qwen3_vl": [(4, 8), (6, 8), (8, 8), (10, 10)],  # of pages in cells; the evaluation's last
+         "internvl": [(5, 10), (5, 15), (10, 15), (10, 10)]}                # whole tiles
 
 
-def make_tokenizer(path):
+def make_tokenizer(path, special=SPECIAL):
     """Byte-level BPE over the world's questions and sentences; digits stay single, as Qwen's."""
     pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -75,43 +83,70 @@ def make_tokenizer(path):
         for i in range(3000):
             for m in world[i].messages:
                 yield m["role"] + "\n" + "".join(p.get("text", "") for p in m["content"])
-    trainer = trainers.BpeTrainer(vocab_size=768, special_tokens=SPECIAL, show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=768, special_tokens=special, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(corpus(), trainer)
     tokenizer.save(str(path))
 
 
-def write_folder(out):
+def write_folder(out, like="qwen3_vl"):
     """config.json and what goes with it: everything of the model folder but the weights."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "tokenizer.json").exists():
-        make_tokenizer(out / "tokenizer.json")
+        make_tokenizer(out / "tokenizer.json", MARKERS[like])
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
-    ids = {t: tokenizer.token_to_id(t) for t in SPECIAL}
+    ids = {t: tokenizer.token_to_id(t) for t in MARKERS[like]}
+    make = internvl_folder if like == "internvl" else qwen3_vl_folder
+    config, pictures = make(ids, tokenizer.get_vocab_size())
+    eos, end = ids["<|im_end|>"], ids["<|endoftext|>"]
+    files = {
+        "config.json": config,
+        "generation_config.json": dict(do_sample=False, eos_token_id=[eos, end], pad_token_id=end),
+        "preprocessor_config.json": pictures,
+        "tokenizer_config.json": dict(
+            tokenizer_class="PreTrainedTokenizerFast", eos_token="<|im_end|>",
+            pad_token="<|endoftext|>", model_max_length=4096, clean_up_tokenization_spaces=False)}
+    for name, content in files.items():
+        (out / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def qwen3_vl_folder(ids, vocabulary):
+    """-> config.json and preprocessor_config.json"""
     config = Config(
-        text=TextConfig(vocab_size=tokenizer.get_vocab_size(), hidden_size=128,
-                        intermediate_size=384, num_hidden_layers=8, num_attention_heads=4,
-                        num_key_value_heads=2, head_dim=32, rope_theta=100.0,
-                        mrope_section=[6, 5, 5], max_position_embeddings=4096),
+        text=TextConfig(vocab_size=vocabulary, hidden_size=128, intermediate_size=384,
+                        num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2,
+                        head_dim=32, rope_theta=100.0, mrope_section=[6, 5, 5],
+                        max_position_embeddings=4096),
         vision=VisionConfig(depth=3, hidden_size=96, intermediate_size=384, num_heads=4,
                             patch_size=8, out_hidden_size=128, num_position_embeddings=400,
                             deepstack_visual_indexes=[0, 1, 2]),
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=True, eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]])
-    files = {
-        "config.json": config.to_json(),
-        "generation_config.json": dict(do_sample=False, eos_token_id=config.eos_token_id,
-                                       pad_token_id=ids["<|endoftext|>"]),
-        "preprocessor_config.json": dict(
-            image_processor_type="Qwen2VLImageProcessor", patch_size=8, temporal_patch_size=2,
-            size=dict(shortest_edge=48 * 112, longest_edge=640 * 640), merge_size=2,
-            image_mean=[0.5] * 3, image_std=[0.5] * 3),
-        "tokenizer_config.json": dict(
-            tokenizer_class="PreTrainedTokenizerFast", eos_token="<|im_end|>",
-            pad_token="<|endoftext|>", model_max_length=4096, clean_up_tokenization_spaces=False)}
-    for name, content in files.items():
-        (out / name).write_text(json.dumps(content, indent=2) + "\n")
+    return config.to_json(), dict(
+        image_processor_type="Qwen2VLImageProcessor", patch_size=8, temporal_patch_size=2,
+        size=dict(shortest_edge=48 * 112, longest_edge=640 * 640), merge_size=2,
+        image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+
+def internvl_folder(ids, vocabulary):
+    """-> config.json and preprocessor_config.json"""
+    # A base of 1,000: one axis of positions goes further than three did.
+    text = dict(model_type="qwen3", vocab_size=vocabulary, hidden_size=128, intermediate_size=384,
+                num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+                rms_norm_eps=1e-6, hidden_act="silu", attention_bias=False,
+                rope_parameters=dict(rope_type="default", rope_theta=1000.0),
+                max_position_embeddings=4096, tie_word_embeddings=True)
+    vision = dict(model_type="internvl_vision", hidden_size=96, num_hidden_layers=3,
+                  num_attention_heads=4, intermediate_size=384, image_size=[TILE, TILE],
+                  patch_size=[8, 8], attention_bias=True, layer_norm_eps=1e-6, hidden_act="gelu")
+    config = dict(architectures=["InternVLForConditionalGeneration"], model_type="internvl",
+                  text_config=text, vision_config=vision, image_token_id=ids["<IMG_CONTEXT>"],
+                  image_seq_length=25, tie_word_embeddings=True)
+    return config, dict(
+        image_processor_type="GotOcr2ImageProcessor", size=dict(height=TILE, width=TILE),
+        min_patches=1, max_patches=12, crop_to_patches=True, image_mean=[0.5] * 3,
+        image_std=[0.5] * 3)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -202,19 +237,20 @@ class Lessons(World):
         return names.view(rows // 2, 2, cols // 2, 2).transpose(1, 2).flatten()
 
 
-def batches(processor, step, size, seed, lesson):
+def batches(processor, step, size, seed, lesson, sizes):
     """From a step on without end: its number, a Batch of one page size, so that the tower runs one
-    call, and the names of each page's patches."""
-    worlds = [Lessons("train", seed, cells=s, questions=9) for s in SIZES]
+    call, the names of each page's patches, and the rows and columns of its cells."""
+    worlds = [Lessons("train", seed, cells=s, questions=9) for s in sizes]
     while True:
-        world = worlds[np.random.default_rng(step).choice(len(SIZES), p=[.3, .25, .2, .25])]
+        world = worlds[np.random.default_rng(step).choice(len(sizes), p=[.3, .25, .2, .25])]
         lessons = [world.exercise(step * size + i, lesson) for i in range(4 * size)]
         # By length, else half of a batch would be padding.
         encoded = sorted(((processor.encode(sample), names) for sample, names in lessons),
                          key=lambda pair: len(pair[0].ids))
         for i in np.random.default_rng(step).permutation(4) * size:
             rows, names = zip(*encoded[i:i + size])
-            yield step, collate(rows, processor.pad_id), [n for n in names if n is not None]
+            named = [n for n in names if n is not None]
+            yield step, collate(rows, processor.pad_id), named, world.cells
             step += 1
 
 
@@ -235,15 +271,26 @@ def places(rows, cols, most):
     return torch.cat((down.expand(-1, len(cols), -1), across.expand(len(rows), -1, -1)), dim=-1)
 
 
+def on_the_page(seen, processor, pages, cells):
+    """The tokens and patches of `pages` pages of one size in the order of cells, row by row, not
+    tile by tile; a thumbnail's are left out."""
+    of_each = len(seen.tokens) // pages
+    tokens = seen.tokens.view(pages, of_each, -1)
+    patches = seen.patches.view(pages, of_each, 4, -1)
+    order = processor.as_map(torch.arange(of_each), None, (16 * cells[1], 16 * cells[0])).flatten()
+    return VisionOut(tokens[:, order].flatten(0, 1), [], patches[:, order].flatten(0, 2))
+
+
 class Heads(nn.Module):
     """The exercise's own heads: what a patch shows, from its features and from its visual token,
     and where it is."""
 
     def __init__(self, c):
         super().__init__()
+        self.tiled = c.Tower is not None
         self.patch = nn.Linear(c.vision.hidden_size, len(CLASSES))
-        self.token = nn.Linear(c.vision.out_hidden_size, 4 * len(CLASSES))
-        self.place = nn.Linear(c.vision.out_hidden_size, 24)
+        self.token = nn.Linear(c.text.hidden_size, 4 * len(CLASSES))
+        self.place = nn.Linear(c.text.hidden_size, 24)
 
     def forward(self, out, names, grid):
         """grid: rows and columns of cells of every page in the batch."""
@@ -251,7 +298,9 @@ class Heads(nn.Module):
         weight[0] = 0.1                                   # most of a page is empty
         a = F.cross_entropy(self.patch(out.patches), names, weight)
         b = F.cross_entropy(self.token(out.tokens).view(-1, len(CLASSES)), names, weight)
-        place = places(*((2 * torch.arange(n) + 0.5) / (2 * n - 1) for n in grid), most=6)
+        tile = (TILE // 16,) * 2 if self.tiled else grid
+        place = places(*((2 * torch.arange(n) + 0.5) / (2 * n - 1) for n in tile), most=6)
+        place = place.repeat(grid[0] // tile[0], grid[1] // tile[1], 1)
         c = (self.place(out.tokens).view(-1, *place.shape) - place).square().mean()
         return a + b + c, (self.patch(out.patches).argmax(-1) == names)[names > 0].float().mean()
 
@@ -262,13 +311,18 @@ def initialise(model):
             fan = p[0].numel()
             nn.init.normal_(p, std=0.02 if "embed" in name and "proj" not in name else fan ** -0.5)
             if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight",
-                              "mlp.linear_fc2.weight")):
+                              "mlp.linear_fc2.weight", "mlp.fc2.weight")):
                 p.data *= 0.4
             if "deepstack" in name and "fc2" in name:
                 p.data.zero_()
         elif "norm" not in name:
-            p.data.zero_()
-    table = model.visual.pos_embed.weight.data   # rows and columns as waves in half of the channels
+            p.data.fill_("lambda" in name)
+    # Rows and columns as waves in half of the channels.
+    if model.config.Tower:
+        model.visual.cls_token.data.normal_(std=0.02)
+        table = model.visual.position_embeddings.data[0].normal_(std=0.02)[1:]
+    else:
+        table = model.visual.pos_embed.weight.data
     side, most = round(len(table) ** 0.5), table.shape[1] // 8
     along = torch.linspace(0, 1, side)
     table.view(side, side, -1)[..., :4 * most] = 0.5 * places(along, along, most)
@@ -314,13 +368,13 @@ def optimisers(model, heads):
             torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-def losses(model, heads, lesson, batch, names):
+def losses(model, heads, processor, lesson, batch, names, cells):
     """-> the loss, and the shares of patches and of tokens that are right."""
     loss, named, exact = torch.zeros(()), torch.zeros(()), torch.zeros(())
     seen = model.visual(batch.pixels, batch.grids) if names else None
     if names and lesson.tower:
-        grid = [n // 2 for n in batch.grids[0, 1:].tolist()]
-        naming, named = heads(seen, torch.cat(names), grid)
+        shown = on_the_page(seen, processor, len(names), cells) if heads.tiled else seen
+        naming, named = heads(shown, torch.cat(names), cells)
         loss = naming * (1 if lesson.name == "eyes" else 0.2)
     if lesson.name != "eyes":
         hidden = model.hidden(batch.ids, batch.mask, None, batch.grids, seen)[:, :-1]
@@ -379,7 +433,7 @@ def write_log(out, state, lesson, means, norm, pages):
         log.write(line + "\n")
 
 
-def train(out, model, heads, processor, minutes, rank, world):
+def train(out, model, heads, processor, sizes, minutes, rank, world):
     """LESSONS by their shares of the minutes, from where train.pt in `out` stands."""
     opts, lesson, recent = optimisers(model, heads), None, []
     peaks = [o.param_groups[0]["lr"] for o in opts]
@@ -391,15 +445,16 @@ def train(out, model, heads, processor, minutes, rank, world):
         if LESSONS[number] is not lesson:                 # a lesson begins
             lesson, began = LESSONS[number], LESSONS[number - 1].until if number else 0.0
             size = BATCH // lesson.divide
-            drawn = batches(processor, state["step"], size, 1000 * rank + 100 * number, lesson)
-            for part in (model.visual.patch_embed, model.visual.pos_embed, model.visual.blocks):
-                part.requires_grad_(lesson.tower)
-        step, batch, names = next(drawn)
+            drawn = batches(processor, state["step"], size, 1000 * rank + 100 * number, lesson,
+                            sizes)
+            for name, p in model.visual.named_parameters():
+                p.requires_grad_(lesson.tower or "merger" in name)
+        step, batch, names, cells = next(drawn)
         here = (done - began) / (lesson.until - began)
         for o, peak in zip(opts, peaks):
             rate = lesson.rate * min(1, 0.02 + 30 * here) * (1 - 0.99 * here)
             o.param_groups[0]["lr"] = peak * rate
-        found = losses(model, heads, lesson, batch, names)
+        found = losses(model, heads, processor, lesson, batch, names, cells)
         found[0].backward()
         now = time.time()
         spent, clock = average(parameters, now - clock, world), now
@@ -423,6 +478,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=Path("out/teacher"))
+    p.add_argument("--like", default="qwen3_vl", choices=list(SIZES), help="whose architecture")
     p.add_argument("--minutes", type=float, default=97, help="of all lessons together")
     a = p.parse_args()
     torch.set_num_threads(1)
@@ -431,14 +487,14 @@ def main():
     if world > 1:
         dist.init_process_group("gloo")
     if rank == 0:
-        write_folder(a.out)
+        write_folder(a.out, a.like)
     if world > 1:
         dist.barrier()
     config = Config.from_folder(a.out)
     model, heads = Qwen3VL(config), Heads(config)
     initialise(model)
     model.folder = a.out
-    train(a.out, model, heads, Processor(a.out), a.minutes, rank, world)
+    train(a.out, model, heads, processor_of(a.out), SIZES[a.like], a.minutes, rank, world)
 
 
 if __name__ == "__main__":
