@@ -80,7 +80,7 @@ SFT_DEFAULTS = {                # embedded world, real data (Table 11)
     "tokens":       (150_000,           0),
     "batch_tokens": (1_250,             1_000_000),
     "micro_tokens": (1_250,             16_384),
-    "lr":           (1e-3,              5e-6),
+    "lr":           (3e-4,              5e-6),
 }
 DPO_DEFAULTS = {
     "tokens":       (100_000,           0),

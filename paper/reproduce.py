@@ -40,6 +40,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
 
 TOKENS, QUESTIONS = 250_000, 2_000                        # of a distillation; a suite
+SFT = ["--lr", "1e-3"]           # chosen for students of TOKENS; the default serves longer runs too
 HERE = Path(__file__).parents[1]
 
 # table: (what it stands beside in the paper, {run: flags of distill.py, or the phase that follows
@@ -134,6 +135,7 @@ def command(name, seed, out):
     """The script and the flags that train a run."""
     if FLAGS[name] in PHASES:
         words = ["sft_dpo.py", FLAGS[name], "--model", str(out.with_name(f"{parent_of(name)}-seed{seed}"))]
+        words += SFT * (FLAGS[name] == "sft")
     else:
         words = ["distill.py", "--tokens", str(TOKENS), *FLAGS[name].split()]
     return [*words, "--seed", str(seed), "--questions", "0", "--threads", "1", "--out", str(out)]
