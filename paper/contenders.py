@@ -75,6 +75,8 @@ def folder_of(model, scratch):
 def build(opt):
     """The checkpoint in opt.folder, or random weights of its shape where it holds none."""
     dtype = getattr(torch, opt.dtype)
+    if Config.from_folder(opt.folder).Tower:
+        raise SystemExit(f"{opt.folder} is no Qwen3-VL, whose operations and pictures are counted here")
     if any(Path(opt.folder).glob("model*.safetensors")):
         return Qwen3VL.from_pretrained(opt.folder, dtype, opt.device)
     with torch.device("meta"):
