@@ -75,6 +75,7 @@ TABLES = {
         f"{c}-regimes": f"--cond {c} --suite regimes" for c in ("c1", "c3", "c4", "c5")}),
 }
 BELOW = "<!-- `python -m paper.reproduce --write` writes all that follows from results/runs.jsonl -->"
+CONDITIONS = ("table1", "table5", "table8", "control", "square")      # of the first figure, and by family
 PHASES, TEACHERS = ("sft", "dpo"), ("teacher", "teacher-page7", "teacher-page14")
 # Runs of five seeds, for the README's claims lean on them; the others have three.
 FIVE = {*TABLES["table1"][1], *TABLES["control"][1], *TABLES["square"][1], "no-density",
@@ -353,7 +354,8 @@ def draw_conditions(runs, path):
     """A row for each condition and a column for each suite: a dot for each seed, a bar at their
     mean; the teacher dashed. The paper's figures are of other benchmarks, so they stand in the
     tables and not on these axes."""
-    rows = [name for key in ("table1", "table5", "table8", "control") for name in TABLES[key][1] if name in runs]
+    rows = [name for key in CONDITIONS for name in TABLES[key][1] if name in runs
+            and not name.endswith("-own")]
     figure, axes = plt.subplots(1, len(SUITES), figsize=(8.3, 0.3 * len(rows) + 1), sharey=True, layout="constrained")
     for axis, suite in zip(axes, SUITES):
         for y, name in enumerate(rows):
@@ -390,7 +392,7 @@ def repeated(results, runs):
 def by_family(marks):
     """The table of marks by family, for the conditions of the first figure."""
     families, lines = [f for suite in SUITES.values() for f in suite], []
-    rows = [n for key in ("table1", "table5", "table8", "control") for n in TABLES[key][1]]
+    rows = [n for key in CONDITIONS for n in TABLES[key][1] if not n.endswith("-own")]
     if rows := [name for name in rows if name in marks]:
         lines += ["## By family", "", f"| run | seeds | {' | '.join(families)} |",
                   "|---" * (2 + len(families)) + "|"]
