@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from formats import (JSONL, BadSample, NoPreference, Sample, convert, read_recipe,  # noqa: F401
                      texts)
-from parts.config import config_class, read_object
+from parts.config import config_class
 from parts.images import check_size, flattened, open_image, read_image              # noqa: F401
 
 MAX_TEXT_TOKENS = 4096               # App. C.3: pure text is truncated here,
@@ -253,22 +253,13 @@ class Processor:
         token = self.factor ** 2                                                      # in pixels
         return [*range(self.limit // token * token, self.min_pixels, -token), self.min_pixels]
 
-    def shape(self, size, limit):
-        """What `picture` must know of an image: here how many visual tokens it has."""
-        return self.visual_tokens(size, limit)
-
-    def picture(self, shape):
-        """The ids of an image, with those around it."""
-        s = self.special
-        return [s["vision_start"]] + [s["image_pad"]] * shape + [s["vision_end"]]
-
     def as_map(self, rho, grids, size):
         """The densities of a sample's only image, of (width, height) in the file, on its page ->
         (rows, columns)."""
         return rho.view(*(n // self.merge for n in grids[0, 1:].tolist()))
 
     def runs(self, sample, visual, add_generation_prompt=False):
-        """The sample as runs [ids, supervised, is_text]; `visual` has the `shape` of each image.
+        """The sample as runs [ids, supervised, is_text]; `visual` has the tokens of each image.
 
         The released template, which has no default system prompt:
             <|im_start|>user\\n<|vision_start|><|image_pad|>...<|vision_end|>Question<|im_end|>\\n
@@ -297,7 +288,7 @@ class Processor:
                 put(self.tokenize(text), learn, True)        # a run ends at an image or a message
                 text = self.after_image if part else ""
                 if part:
-                    put(self.picture(next(visual)))
+                    put([s["vision_start"]] + [s["image_pad"]] * next(visual) + [s["vision_end"]])
             put([s["im_end" if chat else "endoftext"]], learn)
             put(self.newline if chat else [])
         put([s["im_start"]] + self.header if add_generation_prompt else [])
@@ -327,7 +318,7 @@ class Processor:
         with located(where):
             sizes = [self.size(image) for image in sample.images]
         limit = self.shared_limit(sizes)
-        visual = [self.shape(size, limit) for size in sizes]
+        visual = [self.visual_tokens(size, limit) for size in sizes]
         runs = self.runs(sample, visual, add_generation_prompt)
         return runs, self.shorten(runs, cap, where), limit
 
@@ -352,10 +343,7 @@ class Processor:
 
 def processor_of(folder, **caps):
     """The Processor of a model's folder: the one above, or that of another teacher's file."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
-    return (config_class(path, read_object(path)).Processor or Processor)(folder, **caps)
+    return (config_class(folder)[0].Processor or Processor)(folder, **caps)
 
 
 def encode_rows(processor, sample):

@@ -92,13 +92,8 @@ def image_densities(features, grids, merge):
 
 
 def densities(teacher, seen, grids):
-    """rho (n_visual,) of what the teacher's tower gave, a VisionOut: of merge blocks, or the mean
-    over the patches that a token is mixed from, by their shares."""
-    rho = image_densities(seen.patches, grids, teacher.config.vision.spatial_merge_size)
-    if seen.mix is None:
-        return rho
-    parts = rho.split([t * h * w for t, h, w in grids.tolist()])
-    return torch.cat([shares.float() @ part for shares, part in zip(seen.mix, parts)])
+    """rho (n_visual,) of what the teacher's tower gave, a VisionOut."""
+    return image_densities(seen.patches, grids, teacher.config.vision.spatial_merge_size)
 
 
 # ---- From density to weights (Eq. 3, Algorithm 1) ------------------------------------------------
@@ -130,6 +125,11 @@ def visual_positions(ids, config):
     return (ids == config.image_token_id) | (ids == config.video_token_id)
 
 
+def visual_mean(z, visual):
+    """The mean of z (..., T) over the visual positions of each row (..., 1); 0 where there are none."""
+    return (z * visual).sum(-1, keepdim=True) / visual.sum(-1, keepdim=True).clamp(min=1)
+
+
 def to_positions(rho, visual):
     """rho (n_visual,) -> (B, T) fp32: each at its visual position, elsewhere the mean of the row.
 
@@ -141,8 +141,7 @@ def to_positions(rho, visual):
     if rho.numel() != visual.sum():
         raise ValueError(f"{rho.numel()} densities for {visual.sum().item()} visual positions")
     dense = torch.zeros(visual.shape, device=rho.device).masked_scatter(visual, rho.float())    # (B, T)
-    means = dense.sum(1) / visual.sum(1).clamp(min=1)         # (B,)
-    return torch.where(visual, dense, means[:, None])
+    return torch.where(visual, dense, visual_mean(dense, visual))
 
 
 def normalise_weights(raw, mask):
@@ -186,8 +185,7 @@ def fisher_weights(scores, visual, mask, names=None, s=Weighting()):
         raise ValueError("gradient scores must be finite and non-negative")
     scores = scores.masked_fill(~mask, 0)
     if s.fisher_text == "beta":
-        mean = (scores * visual).sum(-1, keepdim=True) / visual.sum(-1, keepdim=True).clamp(min=1)
-        scores = torch.where(visual, scores, s.beta * mean)
+        scores = torch.where(visual, scores, s.beta * visual_mean(scores, visual))
     return normalise_weights(scores ** s.fisher_power, mask)
 
 
@@ -233,8 +231,7 @@ def rank_weights(rho, visual, mask, names=None, s=Weighting()):
 def share_weights(rho, visual, mask, names=None, s=Weighting()):
     """The other half: text and image share the weight as in C4, and every patch has the same."""
     w = density_weights(rho, visual, mask, s=s)
-    patch = (w * visual).sum(1, keepdim=True) / visual.sum(1, keepdim=True).clamp(min=1)     # (B, 1)
-    return torch.where(visual, patch, w)
+    return torch.where(visual, visual_mean(w, visual), w)
 
 
 def drawn_by_name(visual, names, seed):

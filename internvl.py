@@ -282,21 +282,20 @@ class Processor(data.Processor):
     data.Processor makes. The template has no system prompt, as that of the -HF folders."""
     RELEASED = {"size": {"height": 448, "width": 448}, "rescale_factor": 1 / 255,
                 "image_mean": [.485, .456, .406], "image_std": [.229, .224, .225]}
-    SPECIAL = dict(image_pad=(CONTEXT, ""), vision_start=("<img>", ""), vision_end=("</img>", ""),
-                   im_start=("<|im_start|>", ""), im_end=("<|im_end|>", ""),
-                   endoftext=("<|endoftext|>", ""))
+    SPECIAL = data.Processor.SPECIAL | dict(
+        image_pad=(CONTEXT, ""), vision_start=("<img>", ""), vision_end=("</img>", ""))
     DECIDES = ("patch", "merge", "temporal", "tile", "max_tiles")
     after_image = "\n"
 
     def __init__(self, folder, *args, **caps):
         super().__init__(folder, *args, **caps)
-        stated = Config.from_folder(folder).image_token_id
-        if stated != self.special["image_pad"]:
+        if self.stated != self.special["image_pad"]:
             raise ValueError(f"{folder}: {CONTEXT} is token {self.special['image_pad']} in "
-                             f"tokenizer.json, but {stated} in config.json.")
+                             f"tokenizer.json, but {self.stated} in config.json.")
 
     def read_settings(self, folder, config, settings):
-        vision, size = Config.from_folder(folder).vision, settings["size"]
+        read, size = Config.from_folder(folder), settings["size"]
+        vision, self.stated = read.vision, read.image_token_id
         self.patch, self.merge, self.temporal = vision.patch_size, MERGE, 1
         self.tile, self.tokens = vision.image_size, vision.tokens
         sides = {size.get("height"), size.get("width")} if isinstance(size, dict) else {size}

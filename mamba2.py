@@ -193,7 +193,7 @@ class RecurrentMixer(nn.Module):
             p.data = p.data.to(torch.promote_types(like.dtype, torch.float32))
         mixer = mixer.to_empty(device=like.device)
         for name in cls.INHERITED:
-            if hasattr(attention, name):                  # GLM's attention has no QK-norm
+            if hasattr(attention, name):                  # without QK-norm two are missing
                 getattr(mixer, name).load_state_dict(getattr(attention, name).state_dict())
         mixer.init_new(init, generator)
         return mixer

@@ -28,7 +28,7 @@ groups, N visual patches (here) or state dim (in mixers), V vocabulary.
 """
 import copy
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -37,7 +37,8 @@ from einops import rearrange
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
-from parts.checkpoint import as_stored, copy_companions, device_of, dtype_of, find_tensors, read_weights, write_folder  # noqa: F401
+from parts.checkpoint import (as_stored, copy_companions, device_of, dtype_of,  # noqa: F401
+                              find_tensors, read_weights, write_folder)
 from parts.config import Config, TextConfig, VisionConfig, read_object  # noqa: F401
 from parts.decoding import FixedCache, KVCache, Replayed, append, attend_fixed, sample  # noqa: F401
 from parts.fast import SwiGLU, norm_rotate, rms_norm, rotate
@@ -51,8 +52,6 @@ class VisionOut(NamedTuple):
     tokens: torch.Tensor            # (visual tokens, D)  replace the placeholder embeddings
     deepstack: list                 # of (visual tokens, D), added after decoder layers 0, 1, 2, ...
     patches: torch.Tensor           # (patches, Dv)  last ViT block: what density.py measures
-    mix: Optional[list] = None      # of (tokens, patches) for each grid: the shares of the patches in
-                                    # a token that is no merge block; else None
 
 
 def block_order(h, w, m):
@@ -292,8 +291,7 @@ class TextModel(nn.Module):
         replaced = set(hybrid["layers"]) if hybrid else ()
         mixer = mixer_class(hybrid["mixer"]) if hybrid else None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        layer, attention = config.Layer or DecoderLayer, config.Attention or Attention
-        self.layers = nn.ModuleList(layer(config, i, mixer if i in replaced else attention)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, mixer if i in replaced else Attention)
                                     for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -410,9 +408,6 @@ class Qwen3VL(nn.Module):
     layers = property(lambda self: self.model.language_model.layers)
     norm = property(lambda self: self.model.language_model.norm)
 
-    def rotary(self, positions, dtype):
-        return (self.config.text.rotary or mrope)(positions, self.config.text, dtype)
-
     def embed(self, ids, mask=None, pixels=None, grids=None, vision=None):
         """Tokens and images -> the residual stream before layer 0, and what the layers need with
         it.
@@ -430,7 +425,7 @@ class Qwen3VL(nn.Module):
         x = self.model.language_model.embed_tokens(ids)                                 # (B, T, D)
         places = self.config.positions or mrope_positions
         positions, next_position = places(ids, mask, grids, self.config)
-        rope = self.rotary(positions, x.dtype)
+        rope = mrope(positions, self.config.text, x.dtype)
         if vision is None and pixels is not None:
             vision = self.visual(pixels, grids)
         deepstack = []
@@ -498,7 +493,7 @@ class Qwen3VL(nn.Module):
     def step(self, tokens, states, position):
         """One more token for every row. tokens (B,), position (B,) -> logits (B, V), states."""
         x = self.model.language_model.embed_tokens(tokens[:, None])
-        rope = self.rotary(position[None, :, None].expand(3, -1, 1), x.dtype)
+        rope = mrope(position[None, :, None].expand(3, -1, 1), self.config.text, x.dtype)
         h, states = self.decode(x, [], rope, None, states)
         return self.lm_head(self.norm(h[:, 0])), states
 

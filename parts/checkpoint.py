@@ -70,8 +70,9 @@ def read_weights(folder, shapes, dtype_for, device, tied=(), stored=lambda name:
 
     dtype_for(name) -> dtype, or None for the stored one. tied: (name, other) where `name` may stand
     in the files, and must then equal `other`. stored(name) -> the names in the files of the parts
-    that make `name`, one after another in its first dimension. The files are mapped, not read: on the CPU and in the
-    stored dtype the tensors *are* the mapping, and otherwise one at a time is converted.
+    that make `name`, one after another in its first dimension. The files are mapped, not read: on
+    the CPU and in the stored dtype the tensors *are* the mapping, and otherwise one at a time is
+    converted.
     """
     where, wrong = find_tensors(folder)
     whole, tied = {name: stored(name) for name in shapes}, [stored(name)[0] for name in tied]

@@ -48,16 +48,20 @@ def fill(kind, values, where):
     return kind(**{f.name: values[f.name] for f in fields(kind)})
 
 
-def config_class(path, raw):
-    """Config, or the one of another teacher's file, which is imported when its model_type is
-    met."""
+def config_class(folder):
+    """-> Config, or the one of another teacher's file, which is imported when its model_type is met;
+    the path of the folder's config.json, and what it holds."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
+    raw = read_object(path)
     kind = raw.get("model_type")
     if kind == "qwen3_vl":
-        return Config
+        return Config, path, raw
     if not isinstance(kind, str) or kind not in TEACHERS:
         known = ", ".join(["the dense qwen3_vl", *TEACHERS])
         raise ValueError(f"{path}: model_type is {kind!r}, but only {known} are implemented")
-    return importlib.import_module(TEACHERS[kind]).Config
+    return importlib.import_module(TEACHERS[kind]).Config, path, raw
 
 
 def part(raw, key):
@@ -72,8 +76,7 @@ def with_rope(path, text):
         if not isinstance(text.get(key) or {}, dict):
             raise ValueError(f"{path}: {key} is no object")
         rope |= text.get(key) or {}
-    named = ("rope_theta", "mrope_section", "partial_rotary_factor")
-    return {**text, **{k: rope[k] for k in named if k in rope}}, rope
+    return {**text, **{k: rope[k] for k in ("rope_theta", "mrope_section") if k in rope}}, rope
 
 
 def demand(path, *rows):
@@ -109,9 +112,8 @@ class TextConfig:
     mrope_section: list = field(default_factory=lambda: [24, 20, 20])     # frequencies of T, H, W
     max_position_embeddings: int = 262144
 
-    # What a decoder may do otherwise, in classes derived from this one. None: as model.py does.
+    # What a decoder may have otherwise, in classes derived from this one.
     qk_norm, qkv_bias = True, False
-    Layer = Attention = rotary = None
 
 
 @dataclass
@@ -149,11 +151,8 @@ class Config:
         """Reads config.json, by the class that its model_type calls for, and the end of an answer
         from generation_config.json. Raises ValueError naming file and field on what is missing,
         malformed or not implemented."""
-        path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
-        raw = read_object(path)
-        return config_class(path, raw).read(path, raw)
+        kind, path, raw = config_class(folder)
+        return kind.read(path, raw)
 
     @classmethod
     def read(cls, path, raw):
