@@ -253,10 +253,11 @@ class Processor:
         token = self.factor ** 2                                                      # in pixels
         return [*range(self.limit // token * token, self.min_pixels, -token), self.min_pixels]
 
-    def as_map(self, rho, grids, size):
-        """The densities of a sample's only image, of (width, height) in the file, on its page ->
-        (rows, columns)."""
-        return rho.view(*(n // self.merge for n in grids[0, 1:].tolist()))
+    def as_map(self, rho, grids, size, limit=None):
+        """The densities of a sample's first image, of (width, height) in the file, on its page ->
+        (rows, columns). limit: of that image, if several share the cap."""
+        rows, columns = (n // self.merge for n in grids[0, 1:].tolist())
+        return rho[:rows * columns].view(rows, columns)
 
     def runs(self, sample, visual, add_generation_prompt=False):
         """The sample as runs [ids, supervised, is_text]; `visual` has the tokens of each image.

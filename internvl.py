@@ -18,7 +18,7 @@ Density is of a tile: neighbours end at its border, for its features know no oth
 """
 import copy
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -76,9 +76,8 @@ PATTERN = re.compile("|".join(rf"(?<![a-z_0-9]){re.escape(name)}" for name in RE
 
 
 @dataclass
-class Config(base.Config):
+class Config(base.OtherConfig):
     layout: str = "hf"
-    raw: dict = field(default_factory=dict)          # config.json as it was read
 
     @classmethod
     def read(cls, path, raw):
@@ -122,10 +121,6 @@ class Config(base.Config):
              f"image_seq_length is {raw.get('image_seq_length')}, but a tile has {v.tokens} "
              "tokens")])
         return config
-
-    def to_json(self):
-        raw = {k: v for k, v in self.raw.items() if k != "hybrid"}
-        return raw if self.hybrid is None else {**raw, "hybrid": self.hybrid}
 
     def stored(self, name):
         tower, projector, decoder, head = PARTS[self.layout]
@@ -345,9 +340,9 @@ class Processor(data.Processor):
         pixels, grids = zip(*map(self.cut, tiles))
         return np.concatenate(pixels), list(grids)
 
-    def as_map(self, rho, grids, size):
+    def as_map(self, rho, grids, size, limit=None):
         """The tiles side by side; the thumbnail is left out."""
-        columns, rows = best_grid(size, self.tile, self.limit)
+        columns, rows = best_grid(size, self.tile, limit or self.limit)
         side = self.tile // self.patch // MERGE
         return rearrange(rho[:columns * rows * side ** 2], "(r c y x) -> (r y) (c x)",
                          r=rows, c=columns, y=side)

@@ -164,8 +164,8 @@ class VisionTower(nn.Module):
         angle = torch.cat((row[:, None] * inverse, col[:, None] * inverse), dim=-1)
         return torch.cat((angle, angle), dim=-1).to(device)                       # (h * w, P), fp32
 
-    def forward(self, pixels, grids):
-        """pixels (patches, 3*2*ps*ps) in merge-block order, grids (images, 3) -> VisionOut."""
+    def places(self, pixels, grids):
+        """-> position embeddings (N, Dv), the rotary cos and sin (N, P) each, patches per frame."""
         frames = [(h, w) for t, h, w in grids.tolist() for _ in range(t)]
         lengths = [h * w for h, w in frames]
         if sum(lengths) != len(pixels):
@@ -176,9 +176,13 @@ class VisionTower(nn.Module):
             raise ValueError(f"a grid of {odd[0]} patches has no whole {m} x {m} blocks")
         places = {f: self.positions(*f) for f in set(frames)}
         angles = {f: self.rotary(*f, pixels.device) for f in set(frames)}
-        x = self.patch_embed(pixels) + torch.cat([places[f] for f in frames])           # (N, Dv)
         angle = torch.cat([angles[f] for f in frames])
-        rope, deepstack = (angle.cos(), angle.sin()), []
+        return torch.cat([places[f] for f in frames]), (angle.cos(), angle.sin()), lengths
+
+    def forward(self, pixels, grids):
+        """pixels (patches, 3*2*ps*ps) in merge-block order, grids (images, 3) -> VisionOut."""
+        places, rope, lengths = self.places(pixels, grids)
+        x, deepstack = self.patch_embed(pixels) + places, []                            # (N, Dv)
         for i, block in enumerate(self.blocks):
             x = block(x, rope, lengths)
             if i in self.config.deepstack_visual_indexes:
@@ -217,10 +221,14 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(p, config.rms_norm_eps)
             self.k_norm = RMSNorm(p, config.rms_norm_eps)
 
+    def project(self, x):
+        """x (B,T,D) -> q (B,H,T,P), k and v (B,G,T,P)."""
+        return (f(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+                for f in (self.q_proj, self.k_proj, self.v_proj))
+
     def heads(self, x, rope):
-        """x (B,T,D) -> q (B,H,T,P), k and v (B,G,T,P); q and k are rotated."""
-        q, k, v = (f(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
-                   for f in (self.q_proj, self.k_proj, self.v_proj))
+        """As `project`; q and k are normalised and rotated."""
+        q, k, v = self.project(x)
         cos, sin = (t[:, None] for t in rope)                                         # (B, 1, T, P)
         if not self.config.qk_norm:
             return rotate(q, cos, sin), rotate(k, cos, sin), v
@@ -291,7 +299,8 @@ class TextModel(nn.Module):
         replaced = set(hybrid["layers"]) if hybrid else ()
         mixer = mixer_class(hybrid["mixer"]) if hybrid else None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, mixer if i in replaced else Attention)
+        layer = config.Layer or DecoderLayer
+        self.layers = nn.ModuleList(layer(config, i, mixer if i in replaced else Attention)
                                     for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -408,6 +417,9 @@ class Qwen3VL(nn.Module):
     layers = property(lambda self: self.model.language_model.layers)
     norm = property(lambda self: self.model.language_model.norm)
 
+    def rope(self, positions, dtype):
+        return (self.config.rope or mrope)(positions, self.config.text, dtype)
+
     def embed(self, ids, mask=None, pixels=None, grids=None, vision=None):
         """Tokens and images -> the residual stream before layer 0, and what the layers need with
         it.
@@ -425,7 +437,7 @@ class Qwen3VL(nn.Module):
         x = self.model.language_model.embed_tokens(ids)                                 # (B, T, D)
         places = self.config.positions or mrope_positions
         positions, next_position = places(ids, mask, grids, self.config)
-        rope = mrope(positions, self.config.text, x.dtype)
+        rope = self.rope(positions, x.dtype)
         if vision is None and pixels is not None:
             vision = self.visual(pixels, grids)
         deepstack = []
@@ -493,7 +505,7 @@ class Qwen3VL(nn.Module):
     def step(self, tokens, states, position):
         """One more token for every row. tokens (B,), position (B,) -> logits (B, V), states."""
         x = self.model.language_model.embed_tokens(tokens[:, None])
-        rope = mrope(position[None, :, None].expand(3, -1, 1), self.config.text, x.dtype)
+        rope = self.rope(position[None, :, None].expand(3, -1, 1), x.dtype)
         h, states = self.decode(x, [], rope, None, states)
         return self.lm_head(self.norm(h[:, 0])), states
 

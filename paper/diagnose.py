@@ -73,7 +73,7 @@ class Seen:
     together: np.ndarray
     alone: Optional[np.ndarray]     # None where not measured: it costs a pass for every position
     fisher: np.ndarray
-    grid: tuple                     # height and width of the first image in visual tokens
+    place: np.ndarray               # (rows, columns): which of the N stands there, first image
     others: dict                    # {student: (drift, turn)} of the further ones
     shown: tuple                    # the first image, the question and its answer
 
@@ -152,11 +152,11 @@ def deciles(rho):
     return rank * GROUPS // len(rho)
 
 
-def measure(teacher, students, page, shown, each):
-    """An Encoded page with image and answer -> Seen. students: {name: model}; of all but the first
+def measure(teacher, students, page, place, shown, each):
+    """An Encoded page with image and answer -> Seen. place: as there. students: {name: model}; of all but the first
     only drift and turn are measured. each: also hide every visual position by itself."""
     c, weight, (first, *names) = teacher.config, teacher.lm_head.weight, students
-    device, m = weight.device, c.vision.spatial_merge_size
+    device = weight.device
     ids, labels, grids = (t.to(device) for t in (page.ids, page.labels, page.grids))
     pixels, visual = page.pixels.to(device, weight.dtype), ids == c.image_token_id            # (T,)
     with torch.no_grad():
@@ -178,8 +178,7 @@ def measure(teacher, students, page, shown, each):
     fisher = fisher[:, 0, visual].cpu().double().numpy()                                  # (S, N)
     return Seen(visual.cpu().numpy(), rho, *walked[first], together=fall[:GROUPS],
                 alone=fall[GROUPS:] if each else None, fisher=fisher,
-                grid=tuple((page.grids[0, 1:] // m).tolist()),
-                others={name: walked[name][[0, 2]] for name in names}, shown=shown)
+                place=place, others={name: walked[name][[0, 2]] for name in names}, shown=shown)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -522,7 +521,7 @@ def draw_pages(pages, path):
         row[0].set_title(" ".join(" ".join(text.split())[:48] for text in said), size=7)
         maps = dict(density=one.rho, drift=one.drift[:, one.visual].mean(0), importance=one.alone)
         for axis, (name, values) in zip(row[1:], maps.items()):
-            axis.imshow(values[:math.prod(one.grid)].reshape(one.grid), cmap="Greys")
+            axis.imshow(values[one.place], cmap="Greys")
             axis.set_title(name, size=8)
         for axis in row:
             axis.set(xticks=[], yticks=[])
@@ -542,15 +541,15 @@ def load(a):
     teacher, *students = (
         Qwen3VL.from_pretrained(folder, dtype_of("", device), device).requires_grad_(False)
         for folder in (a.teacher, *a.student))
-    if teacher.config.Tower:
-        raise ValueError(f"--teacher {a.teacher} is no Qwen3-VL, of whose grid of patches the maps "
-                         "are drawn")
-    tower = teacher.visual.blocks.state_dict()
+
+    def frozen(model):                                    # of the tower; SFT trains the mergers
+        return {n: p for n, p in model.visual.state_dict().items() if "merger" not in n}
+    tower = frozen(teacher)
     for folder, student in zip(a.student, students):
         if teacher.config.hybrid or not student.config.hybrid:
             raise ValueError(f"--teacher {a.teacher} must be a model with attention in all layers, "
                              f"and --student {folder} a hybrid that distill.py saved")
-        own = student.visual.blocks.state_dict()
+        own = frozen(student)
         if student.config.text != teacher.config.text or own.keys() != tower.keys() or \
                 not all(torch.equal(own[k], tower[k]) for k in own):
             raise ValueError(f"--student {folder} does not come from --teacher {a.teacher}: their "
@@ -564,8 +563,8 @@ def load(a):
 
 def pages(data, processor):
     """Samples with an answer and at least ten visual tokens, for a decile must hold one: (Encoded,
-    (first image, its last question and answer)). data: a file, or None for the embedded world, half
-    for reading and half for reasoning."""
+    the places of its visual tokens, (first image, its last question and answer)). data: a file, or
+    None for the embedded world, half for reading and half for reasoning."""
     if data:
         rows = read_data(data)
         samples = (rows[i] for i in range(len(rows)))
@@ -573,14 +572,17 @@ def pages(data, processor):
         samples = chain.from_iterable(zip(*(World("eval", SEED, suite) for suite in SUITES)))
     for sample in samples:
         page = processor.encode(sample) if sample.images else None
-        if not page or (page.labels == IGNORED).all() or \
-                (page.ids == processor.special["image_pad"]).sum() < GROUPS:
+        count = int((page.ids == processor.special["image_pad"]).sum()) if page else 0
+        if count < GROUPS or (page.labels == IGNORED).all():
             continue
+        sizes = [processor.size(image) for image in sample.images]
+        place = processor.as_map(torch.arange(count), page.grids, sizes[0],
+                                 processor.shared_limit(sizes)).numpy()
         image = read_image(sample.images[0])
         image.thumbnail((400, 400))                       # a copy, for draw_pages
         said = ["", *(part["text"] for m in sample.messages for part in m["content"]
                       if part["type"] == "text")]
-        yield page, (image, *said[-2:])
+        yield page, place, (image, *said[-2:])
 
 
 def main(arguments=None):
@@ -602,8 +604,8 @@ def main(arguments=None):
                              f"{a.images} and {a.alone}")
         teacher, students, processor = load(a)
         found = islice(pages(a.data, processor), a.images)
-        seen = [measure(teacher, students, page, shown, n < a.alone)
-                for n, (page, shown) in enumerate(tqdm(found, total=a.images, unit=" pages"))]
+        seen = [measure(teacher, students, *page, n < a.alone)
+                for n, page in enumerate(tqdm(found, total=a.images, unit=" pages"))]
         (first, student), *_ = students.items()
         results = dict(teacher=a.teacher, student=first,
                        data=a.data or f"embedded world, seed {SEED}",

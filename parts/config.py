@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Optional
 
 # model_type of another teacher: the file that has its Config
-TEACHERS = {"internvl": "internvl", "internvl_chat": "internvl"}
+TEACHERS = {"internvl": "internvl", "internvl_chat": "internvl", "glm4v": "glm4v", "glm46v": "glm4v"}
 
 
 def read_object(path):
@@ -113,7 +113,7 @@ class TextConfig:
     max_position_embeddings: int = 262144
 
     # What a decoder may have otherwise, in classes derived from this one.
-    qk_norm, qkv_bias = True, False
+    qk_norm, qkv_bias, Layer = True, False, None
 
 
 @dataclass
@@ -144,7 +144,7 @@ class Config:
     hybrid: Optional[dict] = None  # {"mixer": word or FILE.py:CLASS, "layers": replaced layers (S)}
 
     # Another teacher's, in a class derived from this one. None: as model.py and data.py do.
-    Tower = Processor = positions = None
+    Tower = Processor = positions = rope = None
 
     @classmethod
     def from_folder(cls, folder):
@@ -186,6 +186,16 @@ class Config:
             top.pop("hybrid")
         kind = "Qwen3VLForConditionalGeneration" if self.hybrid is None else "Qwen3VLHybrid"
         return dict(architectures=[kind], model_type="qwen3_vl", text_config=text, vision_config=vision, **top)
+
+
+@dataclass
+class OtherConfig(Config):
+    """Another teacher's, which writes config.json as it was read."""
+    raw: dict = field(default_factory=dict)
+
+    def to_json(self):
+        raw = {k: v for k, v in self.raw.items() if k != "hybrid"}
+        return raw if self.hybrid is None else {**raw, "hybrid": self.hybrid}
 
 
 def check_shapes(config, path):

@@ -31,9 +31,10 @@ class Chat(lmms):
         self.system_turn = [("system", [system_prompt])] if system_prompt else []
         self.model = Qwen3VL.from_pretrained(pretrained, dtype=getattr(torch, dtype), device=device)
         self.processor = full_processor(pretrained)
-        if self.model.config.Tower:                       # tiles have no bounds in pixels
+        if not hasattr(self.processor, "min_pixels"):     # tiles have no bounds in pixels
             if min_pixels or max_pixels:
-                raise ValueError(f"{pretrained} is no Qwen3-VL: it has neither min_pixels nor max_pixels")
+                raise ValueError(f"{pretrained} cuts pictures into tiles: it has neither min_pixels "
+                                 "nor max_pixels")
             self.processor = self.processor.bounded(*HARNESS_TOKENS)
             return
         # The stock chat model looks at images in full, the stock simple one at 1.6 megapixels.

@@ -16,6 +16,7 @@ from data import Sample, collate, processor_of, read_data
 from density import cache_density, densities, draw_files
 from evaluate import answer
 from model import Config, Qwen3VL, to_hybrid
+from paper import diagnose
 
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="transformers>=5 is the oracle")
 
@@ -334,6 +335,13 @@ def test_sft_dpo_answers_resume_and_dry_run(both, tmp_path, capsys, monkeypatch)
     assert any("merger.linear_1" in n for n in moved) and not any("visual.layers" in n for n in moved)
     replies = answer(Qwen3VL.from_pretrained(tmp_path / "dpo"), processor_of(tmp_path / "dpo"), SAMPLES, max_new_tokens=3)
     assert len(replies) == 3
+
+    diagnose.main(["--teacher", str(both[1]), "--student", str(tmp_path / "sft"), "--data", data, "--images", "3",
+                   "--alone", "2", "--device", "cpu", "--out", str(tmp_path / "diagnosis")])
+    assert json.loads((tmp_path / "diagnosis/results.json").read_text())["pages"] == 3
+    assert (tmp_path / "diagnosis/pages.png").is_file()
+    place = [place.tolist() for _, place, _ in diagnose.pages(data, processor_of(both[1]))]
+    assert len(place) == 8 and all(p[0][:4] == [0, 1, 4, 5] and p[1][:4] == [2, 3, 6, 7] for p in place)
 
     world = ("--cond", "c4", "--teacher", both[1], "--tokens", 2000, "--batch-tokens", 1000, "--page", 7)
     command(distill.main, *world, "--micro-tokens", 1000, "--questions", 2, "--out", tmp_path / "world")
