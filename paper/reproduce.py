@@ -56,6 +56,10 @@ TABLES = {
             "c2-own": "--cond c2 --feed own", "no-density-own": "--cond no-density --feed own", "c4-visual": "--cond c4 --minmax visual"}),       # c1 aligns no stream
     "table5": ("Table 5: gradient weights and Gated DeltaNet", {c: f"--cond {c}" for c in ("c5", "c6")} | {
         "c5-beta": "--cond c5 --fisher-text beta", "c5-root": "--cond c5 --fisher-power 0.5"}),
+    "table6": ("Table 6: a teacher of InternVL's architecture (tiny/internvl)", {
+        "teacher-internvl": "--teacher tiny/internvl"} | {
+        f"{c}-internvl": f"--cond {c} --teacher tiny/internvl" for c in ("c1", "c2", "c3", "c4")} | {
+        "c4-internvl-sft": "sft", "c4-internvl-dpo": "dpo"}),
     "table8": ("Table 8: ablations", {c: f"--cond {c}" for c in ("no-residual", "no-density", "ld", "sl")}),
     "control": ("A control that the paper lacks: C4's own weights on the page's patches in random order", {
         "shuffled": "--cond shuffled"}),
@@ -76,7 +80,8 @@ TABLES = {
 }
 BELOW = "<!-- `python -m paper.reproduce --write` writes all that follows from results/runs.jsonl -->"
 CONDITIONS = ("table1", "table5", "table8", "control", "square")      # of the first figure, and by family
-PHASES, TEACHERS = ("sft", "dpo"), ("teacher", "teacher-page7", "teacher-page14")
+PHASES = ("sft", "dpo")
+TEACHERS = ("teacher", "teacher-page7", "teacher-page14", "teacher-internvl")
 # Runs of five seeds, for the README's claims lean on them; the others have three.
 FIVE = {*TABLES["table1"][1], *TABLES["control"][1], *TABLES["square"][1], "no-density",
         *(f"{c}-own" for c in ("c2", "c3", "c4", "no-density")),
@@ -94,6 +99,10 @@ PAIRS = {
     ("c1-dpo", "c1"): (4.83, -1.45, 7.1), ("c2-dpo", "c2"): (3.42, -0.97, 6.4), ("c3-dpo", "c3"): (4.35, -0.15, 6.7),
     ("c4-dpo", "c4"): (3.73, 0.95, 4.7), ("c4-dpo", "c3-dpo"): (2.88, 1.45, 2.7), ("c4-dpo", "teacher"): (0.06, 0.85, 0.1),
     ("c5", "c4"): (0.6,), ("c6", "c4"): (0.7,),
+    ("c2-internvl", "c1-internvl"): (2.8,), ("c3-internvl", "c2-internvl"): (0.5,),
+    ("c4-internvl", "c3-internvl"): (3.2,), ("c4-internvl", "c1-internvl"): (6.5,),
+    ("c1-internvl", "teacher-internvl"): (-9.4,), ("c4-internvl", "teacher-internvl"): (-2.9,),
+    ("c4-internvl-dpo", "teacher-internvl"): (-0.6,),
     ("c4", "no-residual"): (2.5,), ("c4", "no-density"): (2.6,), ("c4", "ld"): (0.6,), ("c4", "sl"): (1.1,),
     ("no-density", "c3"): (2.1,), ("c4", "shuffled"): (), ("shuffled", "c3"): (),
     **{(f"{a}{end}", f"{b}{end}"): () for end in ("", "-own") for a, b in (
@@ -149,7 +158,7 @@ def settings_of(name, seed):
     from loop import parse
     from sft_dpo import PHASES as phases
     if name in TEACHERS:
-        return {"page": page_of(name)}
+        return {"page": page_of(name)} | ({"teacher": folder_of(name)} if "--teacher" in FLAGS[name] else {})
     script, *words = command(name, seed, HERE / "out" / name)
     kind, defaults = DistillSettings, DEFAULTS
     if script == "sft_dpo.py":
@@ -161,6 +170,10 @@ def settings_of(name, seed):
 
 def page_of(name):
     return int(FLAGS[name].split("--page ")[1].split()[0]) if "--page" in FLAGS[name] else 10
+
+
+def folder_of(teacher):
+    return FLAGS[teacher].split()[1] if "--teacher" in FLAGS[teacher] else "tiny"
 
 
 def differences(theirs, ours):
@@ -225,7 +238,7 @@ def one(name, seed, results, wanted="result", again=False):
             if judged:                                    # before; only its folder was wanted
                 return
             suites = SUITES | REGIMES if name == "teacher" else REGIMES if "--suite regimes" in FLAGS[name] else SUITES
-            words = [str(HERE / "tiny" if name in TEACHERS else out), str(page_of(name)), *suites]
+            words = [str(HERE / folder_of(name) if name in TEACHERS else out), str(page_of(name)), *suites]
             marks = subprocess.run([sys.executable, "-m", "paper.reproduce", "--judge", *words], cwd=HERE,
                                    env=environment, check=True, stdout=subprocess.PIPE, stderr=log, text=True).stdout
         keep(results, dict(run=name, seed=seed, again=again, flags=FLAGS[name], settings=settings_of(name, seed),
@@ -432,7 +445,7 @@ def write(results):
         columns = list(REGIMES["regimes"] if key == "regimes" else SUITES)
         head, line = " | ".join(columns), "|---" * (3 + len(columns)) + "|"
         lines += [f"## {title}", "", f"| run | flags | seeds | {head} |", line]
-        for name, flags in (rows if key == "pages" else {"teacher": ""} | rows).items():
+        for name, flags in (rows if set(TEACHERS) & set(rows) else {"teacher": ""} | rows).items():
             if seeds := [v for v in runs.get(name, {}).values() if set(columns) <= set(v)]:
                 cells = [spread(*mean_error([v[c] for v in seeds])[:2]) for c in columns]
                 lines.append(f"| {name} | `{flags}` | {len(seeds)} | {' | '.join(cells)} |")
@@ -440,7 +453,7 @@ def write(results):
         for (a, b), paper in PAIRS.items():
             later = max(home.get(a, key), home.get(b, key), key=list(TABLES).index)       # the teacher is in all tables
             first, second = runs.get(a, {}), runs.get(b, {})
-            if b == "teacher":                            # it has no seed: the same for all
+            if b in TEACHERS:                             # it has no seed: the same for all
                 second = dict.fromkeys(first if second else (), second.get(0))
             if (shared := sorted(set(first) & set(second))) and later == key and (b != "teacher" or home[a] == key):
                 cells = [difference([first[k][c] - second[k][c] for k in shared]) for c in columns]
