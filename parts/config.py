@@ -190,12 +190,14 @@ class Config:
 
 @dataclass
 class OtherConfig(Config):
-    """Another teacher's, which writes config.json as it was read."""
+    """Another teacher's, which writes config.json as it was read, for a hybrid with a name that no
+    other program takes for the teacher's."""
     raw: dict = field(default_factory=dict)
 
     def to_json(self):
-        raw = {k: v for k, v in self.raw.items() if k != "hybrid"}
-        return raw if self.hybrid is None else {**raw, "hybrid": self.hybrid}
+        if self.hybrid is None:
+            return self.raw
+        return {**self.raw, "architectures": [f"{self.raw['model_type']}_hybrid"], "hybrid": self.hybrid}
 
 
 def check_shapes(config, path):

@@ -115,6 +115,7 @@ def test_a_folder_loads_strictly_and_is_written_again(both, tmp_path):
     student = to_hybrid(ours)
     student.save_pretrained(tmp_path / "student")
     loaded = Qwen3VL.from_pretrained(tmp_path / "student")
+    assert loaded.config.to_json()["architectures"] == ["glm46v_hybrid"]      # which vLLM refuses by that name
     assert loaded.config.hybrid == dict(mixer="mamba2", layers=[0, 1, 2]) and processor_of(tmp_path / "student").factor == 28
     assert torch.equal(loaded(b.ids, b.mask, b.pixels, b.grids), student(b.ids, b.mask, b.pixels, b.grids))
     for name in ("q_proj", "k_proj", "v_proj"):           # the mixer inherits attention's biases, and has no QK-norm
