@@ -33,7 +33,7 @@ import sys
 from dataclasses import dataclass
 from itertools import chain, combinations, islice
 from pathlib import Path
-from typing import Optional
+from typing import Callable, Optional
 
 import matplotlib
 import numpy as np
@@ -73,7 +73,7 @@ class Seen:
     together: np.ndarray
     alone: Optional[np.ndarray]     # None where not measured: it costs a pass for every position
     fisher: np.ndarray
-    place: np.ndarray               # (rows, columns): which of the N stands there, first image
+    on_page: Callable               # (N,) -> (rows, columns), of the first image
     others: dict                    # {student: (drift, turn)} of the further ones
     shown: tuple                    # the first image, the question and its answer
 
@@ -152,8 +152,8 @@ def deciles(rho):
     return rank * GROUPS // len(rho)
 
 
-def measure(teacher, students, page, place, shown, each):
-    """An Encoded page with image and answer -> Seen. place: as there. students: {name: model}; of all but the first
+def measure(teacher, students, page, on_page, shown, each):
+    """An Encoded page with image and answer -> Seen. students: {name: model}; of all but the first
     only drift and turn are measured. each: also hide every visual position by itself."""
     c, weight, (first, *names) = teacher.config, teacher.lm_head.weight, students
     device = weight.device
@@ -178,7 +178,7 @@ def measure(teacher, students, page, place, shown, each):
     fisher = fisher[:, 0, visual].cpu().double().numpy()                                  # (S, N)
     return Seen(visual.cpu().numpy(), rho, *walked[first], together=fall[:GROUPS],
                 alone=fall[GROUPS:] if each else None, fisher=fisher,
-                place=place, others={name: walked[name][[0, 2]] for name in names}, shown=shown)
+                on_page=on_page, others={name: walked[name][[0, 2]] for name in names}, shown=shown)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -521,7 +521,7 @@ def draw_pages(pages, path):
         row[0].set_title(" ".join(" ".join(text.split())[:48] for text in said), size=7)
         maps = dict(density=one.rho, drift=one.drift[:, one.visual].mean(0), importance=one.alone)
         for axis, (name, values) in zip(row[1:], maps.items()):
-            axis.imshow(values[one.place], cmap="Greys")
+            axis.imshow(one.on_page(values), cmap="Greys")
             axis.set_title(name, size=8)
         for axis in row:
             axis.set(xticks=[], yticks=[])
@@ -563,8 +563,8 @@ def load(a):
 
 def pages(data, processor):
     """Samples with an answer and at least ten visual tokens, for a decile must hold one: (Encoded,
-    the places of its visual tokens, (first image, its last question and answer)). data: a file, or
-    None for the embedded world, half for reading and half for reasoning."""
+    what lays out values on its first image, (that image, its last question and answer)). data: a
+    file, or None for the embedded world, half for reading and half for reasoning."""
     if data:
         rows = read_data(data)
         samples = (rows[i] for i in range(len(rows)))
@@ -572,17 +572,19 @@ def pages(data, processor):
         samples = chain.from_iterable(zip(*(World("eval", SEED, suite) for suite in SUITES)))
     for sample in samples:
         page = processor.encode(sample) if sample.images else None
-        count = int((page.ids == processor.special["image_pad"]).sum()) if page else 0
-        if count < GROUPS or (page.labels == IGNORED).all():
+        if not page or (page.labels == IGNORED).all() or \
+                (page.ids == processor.special["image_pad"]).sum() < GROUPS:
             continue
         sizes = [processor.size(image) for image in sample.images]
-        place = processor.as_map(torch.arange(count), page.grids, sizes[0],
-                                 processor.shared_limit(sizes)).numpy()
+        where = page.grids, sizes[0], processor.shared_limit(sizes)
+
+        def on_page(values, where=where):
+            return processor.as_map(torch.from_numpy(values), *where).numpy()
         image = read_image(sample.images[0])
         image.thumbnail((400, 400))                       # a copy, for draw_pages
         said = ["", *(part["text"] for m in sample.messages for part in m["content"]
                       if part["type"] == "text")]
-        yield page, place, (image, *said[-2:])
+        yield page, on_page, (image, *said[-2:])
 
 
 def main(arguments=None):

@@ -50,7 +50,7 @@ def made_up(n, seed=0, layers=3):
         drift = density + 0.2 * visual + 0.1 * np.arange(layers)[:, None] + attention + rng.gamma(2, 0.1, (layers, T))
         out.append(Seen(visual, rho, drift, rng.gamma(9, 1, (layers, T)), drift / 9, attention,
                         np.sort(rng.normal(0.5, 1, 10)), rho + rng.normal(0, 0.1, len(rho)),
-                        rng.gamma(1, 1, (2, len(rho))) * rho, np.arange(len(rho))[None], {},
+                        rng.gamma(1, 1, (2, len(rho))) * rho, lambda values: values[None], {},
                         (Image.new("RGB", (9, 9)), "question?", "answer")))
     return out
 
@@ -231,7 +231,7 @@ def test_hiding_positions_equals_a_sequence_without_them(models):
 def test_a_page_is_measured_in_the_order_of_its_positions(models):
     """Groups and single positions are hidden where their density stands, not elsewhere."""
     teacher, student, (page, _) = models
-    one = diagnose.measure(teacher, {"c1": student}, page, np.arange(21), (Image.new("RGB", (7, 3)), "", ""), each=True)
+    one = diagnose.measure(teacher, {"c1": student}, page, None, (Image.new("RGB", (7, 3)), "", ""), each=True)
     e, visual = embedded(teacher, page), (page.ids == teacher.config.image_token_id).nonzero()[:, 0]
     needed = int(one.alone.argmax())                      # most others bear nothing on the answer
     rows = [[], [needed], [20], np.flatnonzero(deciles(one.rho) == 9)]

@@ -340,7 +340,7 @@ def test_sft_dpo_answers_resume_and_dry_run(both, tmp_path, capsys, monkeypatch)
                    "--alone", "2", "--device", "cpu", "--out", str(tmp_path / "diagnosis")])
     assert json.loads((tmp_path / "diagnosis/results.json").read_text())["pages"] == 3
     assert (tmp_path / "diagnosis/pages.png").is_file()
-    place = [place.tolist() for _, place, _ in diagnose.pages(data, processor_of(both[1]))]
+    place = [on_page(np.arange(999)).tolist() for _, on_page, _ in diagnose.pages(data, processor_of(both[1]))]
     assert len(place) == 8 and all(p[0][:4] == [0, 1, 4, 5] and p[1][:4] == [2, 3, 6, 7] for p in place)
 
     world = ("--cond", "c4", "--teacher", both[1], "--tokens", 2000, "--batch-tokens", 1000, "--page", 7)
