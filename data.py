@@ -27,14 +27,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image
+from PIL import Image
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from formats import (JSONL, BadSample, NoPreference, Sample, convert, read_recipe,  # noqa: F401
                      texts)
 from parts.config import config_class
-from parts.images import check_size, flattened, open_image, read_image              # noqa: F401
+from parts.images import check_size, flattened, open_image, read_image, upright_size  # noqa: F401
 
 MAX_TEXT_TOKENS = 4096               # App. C.3: pure text is truncated here,
 MAX_TOKENS = 8192                    #           vision-text is capped here,
@@ -224,9 +224,8 @@ class Processor:
         size, name = getattr(image, "size", image), "the image"
         if isinstance(image, (str, Path)):
             name = str(image)
-            with open_image(image) as file:      # turned by its EXIF orientation, as read_image does
-                turned = Image.Image.getexif(file).get(ExifTags.Base.Orientation, 1) > 4
-                size = file.size[::-1] if turned else file.size
+            with open_image(image) as file:
+                size = upright_size(file, name)
         check_size(*size, name)
         tokens = self.visual_tokens(size, self.limit)
         if tokens > self.max_visual_tokens:      # a strip: its short side has one token at least

@@ -98,13 +98,14 @@ class Config(base.Config):
         # Plain RoPE is the multimodal one with all frequencies on one axis.
         text["mrope_section"] = [half // 2 if type(half) is int else 0, 0, 0]
         # Left out where they have their default, as in the released file.
-        vision = {"layer_norm_eps": 1e-6, "query_num": raw.get("query_num", 64), **vision}
+        vision = {"layer_norm_eps": 1e-6, **vision, "query_num": raw.get("query_num", 64)}
         image = base.token_id(path, UNKNOWN)
         config = cls(base.fill(base.TextConfig, text, path),
                      base.fill(VisionConfig, vision, f"{path}, vision_config"),
                      image_token_id=image, video_token_id=image, raw=raw,
                      **base.ends_and_hybrid(path, raw, raw))
-        t, v, most = config.text, config.vision, slices.get("max_slice_nums")
+        t, v = config.text, config.vision
+        numbers = {"max_slice_nums": None, "scale_resolution": 448} | slices
         base.check_decoder(config, path)
         base.insist(path, [
             (t.head_dim % 2 == 0, "head_dim is odd"),
@@ -114,8 +115,9 @@ class Config(base.Config):
             (v.hidden_size % v.num_attention_heads == 0,
              "vision hidden_size is no multiple of num_attention_heads"),
             (v.image_size >= v.patch_size, "vision image_size is less than patch_size"),
-            (type(most) is int and most > 0,
-             f"slice_config's max_slice_nums is {most!r}, but must be a positive whole number")])
+            *((type(numbers[key]) is int and numbers[key] > 0, f"slice_config's {key} is "
+               f"{numbers[key]!r}, but must be a positive whole number")
+              for key in ("max_slice_nums", "scale_resolution"))])
         return config
 
     def to_json(self):

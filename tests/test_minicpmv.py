@@ -373,17 +373,19 @@ def test_marked_text_stays_text(both):
     assert not set(ids.tolist()) & {AT[t] for t in ("<unk>", "<slice>", "<image_id>", "</image_id>")}
 
 
-def test_a_turned_photograph_has_the_markers_of_its_slices(both, tmp_path):
-    """EXIF orientation 6: the file's header says 300 x 100, and it is seen as 100 x 300: three rows."""
-    exif, image = Image.Exif(), picture(300, 100)
-    exif[0x0112] = 6
-    image.save(tmp_path / "turned.jpg", exif=exif)
-    s = sample(["a"], ["b"])
-    s.messages[0]["content"].append(dict(type="image"))
-    s.images.append(str(tmp_path / "turned.jpg"))
-    processor = processor_of(both[1])
-    ids, upright = processor.encode(s).ids, sample(["a", (100, 300)], ["b"])
-    assert torch.equal(ids, processor.encode(upright).ids) and not torch.equal(ids, processor.encode(sample(["a", (300, 100)], ["b"])).ids)
+@pytest.mark.parametrize("kind", ["jpg", "png", "tiff", "webp"])
+def test_a_turned_photograph_has_the_markers_of_its_slices(both, tmp_path, kind):
+    """By the EXIF orientation in its header it is seen as 100 x 300, in rows, or lying, in columns."""
+    processor, exif = processor_of(both[1]), Image.Exif()
+    standing, lying = (processor.encode(sample(["a", size], ["b"])) for size in ((100, 300), (300, 100)))
+    assert not torch.equal(standing.ids, lying.ids)
+    for orientation, upright in ((1, lying), (3, lying), (5, standing), (8, standing)):
+        exif[0x0112] = orientation
+        picture(300, 100).save(tmp_path / f"turned.{kind}", exif=exif)
+        content = [dict(type="text", text="a"), dict(type="image")]
+        e = processor.encode(Sample("t", [dict(role="user", content=content), dict(role="assistant", content=[dict(
+            type="text", text="b")])], [str(tmp_path / f"turned.{kind}")]))
+        assert torch.equal(e.ids, upright.ids) and torch.equal(e.grids, upright.grids)
 
 
 def test_caps_choose_fewer_slices(both):
@@ -486,6 +488,10 @@ def test_sft_dpo_answers_resume_and_dry_run(both, tmp_path, capsys, monkeypatch)
     assert {"merger.query", "merger.proj", "merger.attn.in_proj_weight"} <= moved and all(n.startswith("merger.") for n in moved)
     replies = answer(Qwen3VL.from_pretrained(tmp_path / "dpo"), processor_of(tmp_path / "dpo"), SAMPLES, max_new_tokens=3)
     assert len(replies) == 3
+
+    world = ("--cond", "c4", "--teacher", both[1], "--tokens", 2000, "--batch-tokens", 1000, "--page", 7)
+    command(distill.main, *world, "--micro-tokens", 1000, "--questions", 2, "--out", tmp_path / "world")
+    assert len(list((tmp_path / "world/density").glob("*.png"))) == 6 and "reading" in (tmp_path / "world/table.md").read_text()
     command(distill.main, *run, "--dry-run")
     assert "3 of 4 attention layers replaced" in capsys.readouterr().out
 
@@ -512,6 +518,7 @@ def test_a_density_cache_serves_this_teacher_and_no_other_slicing(both, tmp_path
     ("", "use_image_id", False, "use_image_id is False"), ("", "hidden_size", 100, "no multiple of the resampler's 128"),
     ("", "query_num", 0, "query_num is '0'"), ("", "patch_size", 16, "patch_size is 16"), ("", "slice_config", None, "max_slice_nums is None"),
     ("slice_config", "patch_size", 16, "patch_size is 16"), ("slice_config", "max_slice_nums", 0, "max_slice_nums is 0"),
+    ("slice_config", "scale_resolution", "448", "scale_resolution is '448'"),
     ("vision_config", "hidden_size", D, "no kv_proj"), ("vision_config", "hidden_size", 33, "no multiple of num_attention_heads"),
     ("vision_config", "hidden_act", "gelu", "hidden_act is 'gelu'"), ("vision_config", "image_size", 7, "less than patch_size"),
     ("", "vision_config", 3, "vision_config: hidden_size is missing"), ("", "model_type", "minicpmo", "model_type is 'minicpmo'")])
