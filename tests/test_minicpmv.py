@@ -189,9 +189,11 @@ def test_greedy_tokens_equal_transformers(both):
     b = batch(processor_of(folder), "left")
     expected = theirs.llm.generate(inputs_embeds=theirs.embeds(b), attention_mask=b.mask.long(), max_new_tokens=12,
                                    do_sample=False, eos_token_id=None, pad_token_id=0)
-    made = ours.generate(b.ids, b.mask, b.pixels, b.grids, max_new_tokens=12)
     until = [row[:(row + [AT["<|im_end|>"]]).index(AT["<|im_end|>"])] for row in expected.tolist()]
-    assert made == until and len({t for row in made for t in row}) > 6
+    assert len({t for row in until for t in row}) > 6
+    for side in ("left", "right"):
+        b = batch(processor_of(folder), side)
+        assert ours.generate(b.ids, b.mask, b.pixels, b.grids, max_new_tokens=12) == until
 
 
 def test_a_tables_parts_are_rounded_as_released():
