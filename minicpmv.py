@@ -136,11 +136,9 @@ class Config(base.Config):
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.heads = c.num_attention_heads
-        self.q_proj = nn.Linear(c.hidden_size, c.hidden_size)
-        self.k_proj = nn.Linear(c.hidden_size, c.hidden_size)
-        self.v_proj = nn.Linear(c.hidden_size, c.hidden_size)
-        self.out_proj = nn.Linear(c.hidden_size, c.hidden_size)
+        self.heads, width = c.num_attention_heads, c.hidden_size
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.out_proj = nn.Linear(width, width)
 
     def forward(self, x):                                                       # (slices, n, Dv)
         q, k, v = (rearrange(f(x), "s n (h p) -> s h n p", h=self.heads)
