@@ -34,7 +34,7 @@ from tqdm import tqdm
 from formats import (JSONL, BadSample, NoPreference, Sample, convert, read_recipe,  # noqa: F401
                      texts)
 from parts.config import config_class
-from parts.images import check_size, flattened, open_image, read_image              # noqa: F401
+from parts.images import check_size, flattened, open_image, read_image, upright_size  # noqa: F401
 
 MAX_TEXT_TOKENS = 4096               # App. C.3: pure text is truncated here,
 MAX_TOKENS = 8192                    #           vision-text is capped here,
@@ -124,7 +124,8 @@ class Processor:
                    vision_end=("<|vision_end|>", "vision_end_token_id"), im_start=("<|im_start|>", ""),
                    im_end=("<|im_end|>", ""), endoftext=("<|endoftext|>", ""))
     DECIDES = ("patch", "merge", "temporal", "min_pixels", "max_pixels")  # what the tower sees, besides `table`
-    after_image = ""                                 # text that the template has after each image
+    after_image = ""                                 # text that the template has after each image,
+    thought = []                                     # and ids before the last answer
 
     def __init__(self, folder, max_visual_tokens=MAX_VISUAL_TOKENS, max_tokens=MAX_TOKENS,
                  max_text_tokens=MAX_TEXT_TOKENS):
@@ -224,7 +225,7 @@ class Processor:
         if isinstance(image, (str, Path)):
             name = str(image)
             with open_image(image) as file:
-                size = file.size
+                size = upright_size(file, name)
         check_size(*size, name)
         tokens = self.visual_tokens(size, self.limit)
         if tokens > self.max_visual_tokens:      # a strip: its short side has one token at least
@@ -238,8 +239,8 @@ class Processor:
         largest at which they do not. A single image has its own limit, MAX_VISUAL_TOKENS.
 
         The text does not enter, or a prompt would show other images with another answer."""
-        def tokens(limit):                       # and two more that stand around each image
-            return sum(self.visual_tokens(size, limit) + 2 for size in sizes)
+        def tokens(limit):                       # and those that stand around each image
+            return sum(len(self.image_run(n, size, limit)) for n, size in enumerate(sizes))
 
         room, limit = int((1 - TEXT_SHARE) * self.max_tokens), self.limit
         if len(sizes) < 2 or tokens(limit) <= room:
@@ -259,8 +260,13 @@ class Processor:
         rows, columns = (n // self.merge for n in grids[0, 1:].tolist())
         return rho[:rows * columns].view(rows, columns)
 
-    def runs(self, sample, visual, add_generation_prompt=False):
-        """The sample as runs [ids, supervised, is_text]; `visual` has the tokens of each image.
+    def image_run(self, number, size, limit):
+        """What stands for a sample's image of that number, counted from 0: ids."""
+        s, tokens = self.special, self.visual_tokens(size, limit)
+        return [s["vision_start"]] + [s["image_pad"]] * tokens + [s["vision_end"]]
+
+    def runs(self, sample, images, add_generation_prompt=False):
+        """The sample as runs [ids, supervised, is_text]; `images` has the ids of each image.
 
         The released template, which has no default system prompt:
             <|im_start|>user\\n<|vision_start|><|image_pad|>...<|vision_end|>Question<|im_end|>\\n
@@ -268,7 +274,7 @@ class Processor:
         Special tokens split the text before BPE sees it, so what stands between two of them is
         tokenised by itself: "user\\n" and a question are one run. A document is its runs and
         <|endoftext|>."""
-        s, runs, text, visual = self.special, [], "", iter(visual)
+        s, runs, text, images = self.special, [], "", iter(images)
 
         def put(ids, supervised=False, is_text=False):
             if ids:
@@ -280,7 +286,7 @@ class Processor:
             if chat:
                 put([s["im_start"]])
             if role == "assistant":
-                put(self.header)
+                put(self.header + (self.thought if message is sample.messages[-1] else []))
             text = role + "\n" if not learn else ""
             for part in message["content"] + [None]:
                 if part and part["type"] == "text":
@@ -289,10 +295,10 @@ class Processor:
                 put(self.tokenize(text), learn, True)        # a run ends at an image or a message
                 text = self.after_image if part else ""
                 if part:
-                    put([s["vision_start"]] + [s["image_pad"]] * next(visual) + [s["vision_end"]])
+                    put(next(images))
             put([s["im_end" if chat else "endoftext"]], learn)
             put(self.newline if chat else [])
-        put([s["im_start"]] + self.header if add_generation_prompt else [])
+        put([s["im_start"]] + self.header + self.thought if add_generation_prompt else [])
         return runs
 
     def shorten(self, runs, cap, where):
@@ -319,8 +325,8 @@ class Processor:
         with located(where):
             sizes = [self.size(image) for image in sample.images]
         limit = self.shared_limit(sizes)
-        visual = [self.visual_tokens(size, limit) for size in sizes]
-        runs = self.runs(sample, visual, add_generation_prompt)
+        images = [self.image_run(n, size, limit) for n, size in enumerate(sizes)]
+        runs = self.runs(sample, images, add_generation_prompt)
         return runs, self.shorten(runs, cap, where), limit
 
     def length(self, sample, add_generation_prompt=False):

@@ -92,8 +92,10 @@ def image_densities(features, grids, merge):
 
 
 def densities(teacher, seen, grids):
-    """rho (n_visual,) of what the teacher's tower gave, a VisionOut."""
-    return image_densities(seen.patches, grids, teacher.config.vision.spatial_merge_size)
+    """rho (n_visual,) of what the teacher's tower gave, a VisionOut. Where tokens have no place, the
+    tower makes it of the patches'."""
+    rho = image_densities(seen.patches, grids, teacher.config.vision.spatial_merge_size)
+    return teacher.visual.pooled(rho, seen, grids) if hasattr(teacher.visual, "pooled") else rho
 
 
 # ---- From density to weights (Eq. 3, Algorithm 1) ------------------------------------------------

@@ -77,7 +77,7 @@ CONDS = {
 
 @dataclass
 class DistillSettings(Settings):
-    teacher: str = setting("tiny", "folder of a checkpoint: Qwen3-VL, InternVL-3.5 or GLM-4.6V")
+    teacher: str = setting("tiny", "folder of a checkpoint of Qwen3-VL or another teacher (README)")
     cond: str = setting("c4", "a row of CONDS", list(CONDS))
     mixer: str = setting("", "mamba2, gdn or FILE.py:CLASS; empty: as the condition says")
     keep_every: int = setting(4, "attention stays in every so-many-th layer (ledger 1)", low=2)

@@ -88,7 +88,8 @@ class Config(base.OtherConfig):
              "mrope_section does not sum to half of the rotated part of head_dim"),
             (v.hidden_size % (4 * v.num_heads) == 0,
              "vision hidden_size is no multiple of four times num_heads"),
-            (v.out_hidden_size == t.hidden_size, "out_hidden_size is not text_config's hidden_size")])
+            (v.out_hidden_size == t.hidden_size,
+             "out_hidden_size is not text_config's hidden_size")])
         return config
 
     def stored(self, name):
@@ -99,9 +100,10 @@ class Config(base.OtherConfig):
         """cos and sin, each (B, T, P), of positions (3, B, T): time's frequencies first, then the
         rows', then the columns'; the channels that are not rotated have angle 0."""
         R, half = config.rotary_dim, config.head_dim // 2
-        inverse = 1 / config.rope_theta ** (torch.arange(0, R, 2, device=positions.device).float() / R)
+        step = torch.arange(0, R, 2, device=positions.device).float() / R
+        inverse = 1 / config.rope_theta ** step                                         # (R/2,)
         angle = (positions[..., None].float() * inverse).split(config.mrope_section, dim=-1)
-        angle = torch.cat([part[axis] for axis, part in enumerate(angle)], dim=-1)      # (B, T, R/2)
+        angle = torch.cat([part[axis] for axis, part in enumerate(angle)], dim=-1)    # (B, T, R/2)
         angle = F.pad(angle, (0, half - R // 2)).repeat(1, 1, 2)                        # (B, T, P)
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
@@ -157,12 +159,12 @@ class Tower(model.VisionTower):
     def positions(self, h, w):
         """Learned position embedding of an h x w grid: bicubic in a square table, patch centres on
         patch centres."""
-        table = self.embeddings["position_embedding"].weight                       # (side * side, Dv)
+        table = self.embeddings["position_embedding"].weight                     # (side * side, Dv)
         row, col = block_order(h, w, self.config.spatial_merge_size)
-        at = torch.stack((2 * (col + 0.5) / w - 1, 2 * (row + 0.5) / h - 1), dim=-1)    # x, y: -1..1
+        at = torch.stack((2 * (col + 0.5) / w - 1, 2 * (row + 0.5) / h - 1), dim=-1)  # x, y: -1..1
         square = rearrange(table.float(), "(y x) c -> 1 c y x", y=self.config.side)
         found = F.grid_sample(square, at.view(1, -1, 1, 2).to(table.device), mode="bicubic",
-                              padding_mode="border", align_corners=False)         # (1, Dv, h * w, 1)
+                              padding_mode="border", align_corners=False)       # (1, Dv, h * w, 1)
         return found[0, :, :, 0].T.to(table.dtype)                                  # (h * w, Dv)
 
     def forward(self, pixels, grids):
@@ -236,7 +238,8 @@ class Processor(data.Processor):
 
     def __init__(self, folder, *args, **caps):
         super().__init__(folder, *args, **caps)
-        self.header = [*self.newline, self.special["think"], self.special["end_think"], *self.newline]
+        thought = [self.special["think"], self.special["end_think"]]
+        self.header = self.newline + thought + self.newline
         if self.special["user"] not in Config.from_folder(folder).eos_token_id:
             raise ValueError(f"{folder}: <|user|>, which ends an answer, is no eos_token_id.")
 
@@ -251,15 +254,15 @@ class Processor(data.Processor):
             size = [int(side * (self.factor / min(size))) for side in size]
         return super().target(size, max_pixels)
 
-    def runs(self, sample, visual, add_generation_prompt=False):
-        """The sample as runs [ids, supervised, is_text]; `visual` has the tokens of each image.
+    def runs(self, sample, images, add_generation_prompt=False):
+        """The sample as runs [ids, supervised, is_text]; `images` has the ids of each image.
 
             [gMASK]<sop><|user|>\\n<|begin_of_image|><|image|>...<|end_of_image|>Question/nothink
             <|assistant|>\\n<think></think>\\nAnswer<|user|>
 
         without the line break between the two. An answer's end is the role that follows it, after
         the last one <|user|>."""
-        s, visual = self.special, iter(visual)
+        s, images = self.special, iter(images)
         runs = [[[s["gmask"], s["sop"]], False, False]]
 
         def put(ids, supervised=False, is_text=False):
@@ -281,7 +284,7 @@ class Processor(data.Processor):
                 put(self.tokenize(text), learn, True)
                 text = ""
                 if part:
-                    put([s["vision_start"]] + [s["image_pad"]] * next(visual) + [s["vision_end"]])
+                    put(next(images))
             put([s["nothink"]] if role == "user" else [])
             before = role
         put([s["endoftext" if before == "document" else "user"]]

@@ -79,6 +79,8 @@ PATTERN = re.compile("|".join(rf"(?<![a-z_0-9]){re.escape(name)}" for name in RE
 class Config(base.OtherConfig):
     layout: str = "hf"
 
+    positions = staticmethod(base.counted_positions)
+
     @classmethod
     def read(cls, path, raw):
         chat = raw["model_type"] == "internvl_chat"
@@ -103,7 +105,7 @@ class Config(base.OtherConfig):
         half = text.get("head_dim")
         # Plain RoPE is the multimodal one with all frequencies on one axis.
         text["mrope_section"] = [half // 2 if type(half) is int else 0, 0, 0]
-        image = token_id(path, CONTEXT) if chat else raw.get("image_token_id")
+        image = base.token_id(path, CONTEXT) if chat else raw.get("image_token_id")
         config = cls(base.fill(base.TextConfig, text, f"{path}, {decoder}"),
                      base.fill(VisionConfig, vision, f"{path}, vision_config"),
                      image_token_id=image, video_token_id=image, layout=layout(path, chat),
@@ -135,19 +137,6 @@ class Config(base.OtherConfig):
             return [home + inner]
         return [home + inner.replace(".attn.qkv.", f".attention.{part}_proj.") for part in "qkv"]
 
-    @staticmethod
-    def positions(ids, mask, grids, config):
-        """Real tokens are counted, visual ones among them: -> (3, B, T), three times the same, and
-        (B,) what comes next. Raises ValueError when the placeholders do not match the tiles."""
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-        found = ((ids == config.image_token_id) & real).sum().item()
-        tiles = 0 if grids is None else len(grids)
-        if found != tiles * config.vision.tokens:
-            raise ValueError(f"{tiles} tiles of {config.vision.tokens} tokens, but {found} "
-                             "placeholders")
-        count = real.cumsum(1)
-        return (count - 1).clamp(min=0).expand(3, -1, -1), count[:, -1]
-
 
 def layout(path, chat):
     """Which names a folder's tensors have: transformers writes "hf", and itself has "nested"."""
@@ -155,19 +144,6 @@ def layout(path, chat):
         return "chat"
     nested = any(name.startswith("model.") for name in find_tensors(path.parent)[0])
     return "nested" if nested else "hf"
-
-
-def token_id(path, token):
-    """The id of an added token, which the original config.json does not have."""
-    for file in ("tokenizer.json", "added_tokens.json"):
-        if (path.parent / file).is_file():
-            found = base.read_object(path.parent / file)
-            listed = found.get("added_tokens", [])
-            found = found | {t["content"]: t["id"] for t in listed
-                             if isinstance(t, dict) and t.keys() >= {"content", "id"}}
-            if token in found:
-                return found[token]
-    raise ValueError(f"{path.parent}: neither tokenizer.json nor added_tokens.json has {token}")
 
 
 # --------------------------------------------------------------------------------------------------

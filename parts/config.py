@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Optional
 
 # model_type of another teacher: the file that has its Config
-TEACHERS = {"internvl": "internvl", "internvl_chat": "internvl", "glm4v": "glm4v", "glm46v": "glm4v"}
+TEACHERS = {"internvl": "internvl", "internvl_chat": "internvl", "glm4v": "glm4v",
+            "glm46v": "glm4v", "minicpmv": "minicpmv"}
 
 
 def read_object(path):
@@ -49,8 +50,8 @@ def fill(kind, values, where):
 
 
 def config_class(folder):
-    """-> Config, or the one of another teacher's file, which is imported when its model_type is met;
-    the path of the folder's config.json, and what it holds."""
+    """-> Config, or the one of another teacher's file, which is imported when its model_type is
+    met; the path of the folder's config.json, and what it holds."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
@@ -96,6 +97,33 @@ def ends_and_hybrid(path, raw, text):
     eos = eos[0] if eos else Config().eos_token_id
     return dict(tie_word_embeddings=bool(tied), hybrid=raw.get("hybrid"),
                 eos_token_id=eos if isinstance(eos, list) else [eos])
+
+
+def token_id(path, token):
+    """The id of an added token, which the original config.json does not have."""
+    for file in ("tokenizer.json", "added_tokens.json"):
+        if (path.parent / file).is_file():
+            found = read_object(path.parent / file)
+            listed = found.get("added_tokens", [])
+            found = found | {t["content"]: t["id"] for t in listed
+                             if isinstance(t, dict) and t.keys() >= {"content", "id"}}
+            if token in found:
+                return found[token]
+    raise ValueError(f"{path.parent}: neither tokenizer.json nor added_tokens.json has {token}")
+
+
+def counted_positions(ids, mask, grids, config):
+    """Config.positions under plain RoPE: real tokens are counted, visual ones among them. -> (3, B,
+    T), three times the same, and (B,) what comes next. Raises ValueError when the placeholders do
+    not match the tiles."""
+    real = ids == ids if mask is None else mask
+    found = ((ids == config.image_token_id) & real).sum().item()
+    tiles = 0 if grids is None else len(grids)
+    if found != tiles * config.vision.tokens:
+        raise ValueError(f"{tiles} tiles of {config.vision.tokens} tokens, but {found} "
+                         "placeholders")
+    count = real.cumsum(1)
+    return (count - 1).clamp(min=0).expand(3, -1, -1), count[:, -1]
 
 
 @dataclass
@@ -197,7 +225,8 @@ class OtherConfig(Config):
     def to_json(self):
         if self.hybrid is None:
             return self.raw
-        return {**self.raw, "architectures": [f"{self.raw['model_type']}_hybrid"], "hybrid": self.hybrid}
+        name = f"{self.raw['model_type']}_hybrid"
+        return {**self.raw, "architectures": [name], "hybrid": self.hybrid}
 
 
 def check_shapes(config, path):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 MAX_PIXELS = 80_000_000              # a file that claims more is refused unread
 MAX_ASPECT = 200                     # Qwen's own limit
@@ -64,6 +64,14 @@ def open_image(source, name=None):
     check_size(*image.size, name)
     tone_range(image, name)
     return image
+
+
+def upright_size(image, name):
+    """(width, height) of what open_image gave, as read_image will turn it; nothing is decoded."""
+    with reading(name):                          # not PNG's own getexif, which decodes
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"       # whose size is turned
+    return image.size[::-1] if turned else image.size
 
 
 def flattened(image, tones=None, on_white=True):

@@ -340,7 +340,7 @@ def test_several_images_shrink_together_until_they_fit(folder, oracle, sizes, wo
     theirs = oracle_at(oracle, images, limit)
     assert torch.equal(e.pixels, theirs["pixel_values"]) and torch.equal(e.grids, theirs["image_grid_thw"])
     assert len(e.pixels) // 4 == (e.ids == small.special["image_pad"]).sum() == tokens(limit) - 2 * len(images)
-    whole = sum(len(ids) for ids, *_ in small.runs(sample, [0] * len(images))) - 2 * len(images)
+    whole = sum(len(ids) for ids, *_ in small.runs(sample, [[]] * len(images)))
     assert e.cut == max(0, whole + tokens(limit) - cap) and (words < 500) == (e.cut == 0)
     assert limit < 2500 * 256
 
@@ -363,7 +363,7 @@ def test_four_large_pages_fit_the_papers_cap(folder, tmp_path):
     pages = [turn("user", *[IMAGE] * 4, "read the pages"), turn("assistant", "12.50")]
     assert paper.visual_tokens((1600, 1600), paper.max_pixels) == 2500
     sample = Sample("a", pages, [(1600, 1600)] * 4)
-    words = sum(len(ids) for ids, *_ in paper.runs(sample, [0] * 4)) - 8
+    words = sum(len(ids) for ids, *_ in paper.runs(sample, [[]] * 4))
     assert 4 * (39 ** 2 + 2) <= 0.75 * 8192 < 4 * (40 ** 2 + 2)
     assert paper.length(sample) == words + 4 * (39 ** 2 + 2)
 

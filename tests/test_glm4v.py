@@ -1,5 +1,5 @@
-"""glm4v.py against transformers (logits, tokens, pixels, ids, names, shapes) and numpy loops (density); then the
-commands on a small random teacher of its kind. Run: pytest tests/test_glm4v.py"""
+"""glm4v.py against transformers (logits, tokens, pixels, ids, names, shapes) and numpy loops (density).
+Run: pytest tests/test_glm4v.py"""
 import json
 import re
 
@@ -9,14 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-import distill
-import sft_dpo
-from data import collate, encode_rows, processor_of, read_data
+from data import collate, encode_rows, processor_of
 from density import densities
-from evaluate import answer
+from formats import Sample, texts
 from model import Config, Qwen3VL, to_hybrid
-from paper import diagnose
-from test_internvl import SIZE, command, lines, picture, sample
+from test_internvl import picture, sample
 
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="transformers>=5 is the oracle")
 
@@ -25,6 +22,7 @@ SPECIAL = ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|ass
            "<|end_of_video|>"]
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 AT = {token: len(LETTERS) + i for i, token in enumerate(SPECIAL)}
+STEP = 40                                                 # of the sizes of test_teachers.py's pictures
 # What the published template gives with enable_thinking=False.
 TEMPLATE = ("[gMASK]<sop>{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}"
             "{% if m['role'] == 'assistant' %}{{ '<think></think>\n' }}{% endif %}{% for c in m['content'] %}"
@@ -55,16 +53,22 @@ def write_companions(folder):
         image_mean=[.48145466, .4578275, .40821073], image_std=[.26862954, .26130258, .27577711])))
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    """transformers' model with weights wide enough for errors to show, its folder, and ours from it."""
+def make(folder):
+    """Writes a model of transformers' with weights wide enough for errors to show. -> it"""
     torch.manual_seed(0)
     theirs = transformers.Glm46VForConditionalGeneration(published()).eval().float()
     for name, p in theirs.named_parameters():
         torch.nn.init.normal_(p, float(p.dim() == 1 and "norm" in name and "weight" in name), 0.15)
-    folder = tmp_path_factory.mktemp("glm4v")
     theirs.save_pretrained(folder)
     write_companions(folder)
+    return theirs
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """transformers' model, its folder, and ours from it."""
+    folder = tmp_path_factory.mktemp("glm4v")
+    theirs = make(folder)
     return theirs, folder, Qwen3VL.from_pretrained(folder)
 
 
@@ -175,7 +179,7 @@ def test_ids_equal_transformers(both, oracle, which):
     assert processor.length(s, add_generation_prompt=True) == len(theirs)
 
 
-def test_answers_and_their_ends_are_supervised_and_nothing_else(both, tmp_path):
+def test_answers_and_their_ends_are_supervised_and_nothing_else(both):
     processor = processor_of(both[1])
     e = processor.encode(sample([(60, 60), "Q?"], ["One."], ["Why?"], ["Two."]))
     learned = processor.decode(e.labels[e.labels >= 0], skip_special_tokens=False)
@@ -185,10 +189,9 @@ def test_answers_and_their_ends_are_supervised_and_nothing_else(both, tmp_path):
     learned = processor.decode(cut.labels[cut.labels >= 0], skip_special_tokens=False)
     assert learned == "A very long aTwo.<|user|>" and cut.cut == 6
 
-    pair = next(iter(read_data(lines(tmp_path, pairs=True))))
-    for row in encode_rows(processor, pair):
-        said = processor.decode(row.labels[row.labels >= 0], skip_special_tokens=False)
-        assert said in ("It is 0.<|user|>", "No.<|user|>")
+    pair = Sample("p", sample(["Q?"], ["One."], ["Why?"]).messages, chosen=texts("Yes."), rejected=texts("No."))
+    rows = [processor.decode(row.labels[row.labels >= 0], skip_special_tokens=False) for row in encode_rows(processor, pair)]
+    assert rows == ["Yes.<|user|>", "No.<|user|>"]
 
 
 # -- density
@@ -213,57 +216,6 @@ def test_density_is_measured_before_the_convolution(both):
     ours_rho = densities(ours, ours.visual(e.pixels, e.grids), e.grids)
     np.testing.assert_allclose(ours_rho.numpy(), expected, atol=1e-5)
     assert h != w and np.std(expected) > 1e-3
-
-
-# -- the commands
-
-@pytest.mark.parametrize("cond", ["c1", "c2", "c3", "c4", "c5", "c6"])
-def test_conditions_run(both, tmp_path, cond):
-    command(distill.main, "--cond", cond, "--teacher", both[1], "--data", lines(tmp_path), "--out", tmp_path / "out", *SIZE)
-    log = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
-    assert len(log) >= 3 and all(np.isfinite(line["loss"]) for line in log)
-    student = Qwen3VL.from_pretrained(tmp_path / "out")
-    assert student.config.hybrid["mixer"] == ("gdn" if cond == "c6" else "mamba2")
-    assert all(torch.equal(p, both[2].visual.state_dict()[n]) for n, p in student.visual.state_dict().items())
-
-
-def test_sft_dpo_answers_resume_and_dry_run(both, tmp_path, capsys, monkeypatch):
-    data, pairs = lines(tmp_path), lines(tmp_path, pairs=True)
-    run = ("--cond", "c4", "--teacher", both[1], "--data", data, "--save-every", 1, *SIZE)
-    command(distill.main, *run, "--out", tmp_path / "straight")
-    steps, step = [0], torch.optim.AdamW.step
-
-    def dying(self, *args, **kwargs):
-        steps[0] += 1
-        if steps[0] == 3:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-    monkeypatch.setattr(torch.optim.AdamW, "step", dying)
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        command(distill.main, *run, "--out", tmp_path / "c4")
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    command(distill.main, *run, "--out", tmp_path / "c4")
-    straight, resumed = (load_file(tmp_path / f / "model.safetensors") for f in ("straight", "c4"))
-    assert straight.keys() == resumed.keys() and all(torch.equal(straight[n], resumed[n]) for n in straight)
-
-    command(sft_dpo.main, "sft", "--model", tmp_path / "c4", "--data", data, "--out", tmp_path / "sft", *SIZE)
-    command(sft_dpo.main, "dpo", "--model", tmp_path / "sft", "--data", pairs, "--out", tmp_path / "dpo", *SIZE)
-    before, after = (Qwen3VL.from_pretrained(tmp_path / f).state_dict() for f in ("sft", "dpo"))
-    moved = {n for n in before if not torch.equal(before[n], after[n])}
-    assert {"model.visual.merger.proj.weight", "model.language_model.layers.1.mlp.gate_up_proj.weight"} < moved
-    assert not any("visual.blocks" in n for n in moved)
-    assert len(answer(Qwen3VL.from_pretrained(tmp_path / "dpo"), processor_of(both[1]), SAMPLES, max_new_tokens=3)) == 3
-
-    diagnose.main(["--teacher", str(both[1]), "--student", str(tmp_path / "sft"), "--data", data, "--images", "3",
-                   "--alone", "2", "--device", "cpu", "--out", str(tmp_path / "diagnosis")])
-    assert json.loads((tmp_path / "diagnosis/results.json").read_text())["pages"] == 3
-    assert (tmp_path / "diagnosis/pages.png").is_file()
-
-    world = ("--cond", "c4", "--teacher", both[1], "--tokens", 2000, "--batch-tokens", 1000, "--page", 7)
-    command(distill.main, *world, "--micro-tokens", 1000, "--questions", 2, "--out", tmp_path / "world")
-    assert len(list((tmp_path / "world/density").glob("*.png"))) == 6 and "reading" in (tmp_path / "world/table.md").read_text()
-    command(distill.main, *run, "--dry-run")
-    assert "3 of 4 attention layers replaced" in capsys.readouterr().out
 
 
 # -- refusals

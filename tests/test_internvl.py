@@ -1,5 +1,5 @@
-"""internvl.py against transformers (logits, tokens, pixels, ids, names, shapes) and numpy loops (density); then
-the commands on a small random teacher of its kind. Run: pytest tests/test_internvl.py"""
+"""internvl.py against transformers (logits, tokens, pixels, ids, names, shapes) and numpy loops (density).
+Run: pytest tests/test_internvl.py"""
 import json
 import re
 
@@ -10,19 +10,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-import distill
-import sft_dpo
-from data import Sample, collate, processor_of, read_data
-from density import cache_density, densities, draw_files
-from evaluate import answer
+from data import Sample, collate, processor_of
+from density import densities, draw_files
 from model import Config, Qwen3VL, to_hybrid
-from paper import diagnose
 
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="transformers>=5 is the oracle")
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 AT = {token: len(LETTERS) + i for i, token in enumerate(SPECIAL)}
+STEP = 40                                                 # of the sizes of test_teachers.py's pictures
 TILE, SIDE = 56, 4                                        # a tile: 4 x 4 patches of 14 pixels, 4 visual tokens
 TEMPLATE = ("{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n'}}{% for c in m['content'] %}"
             "{% if c['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
@@ -50,16 +47,22 @@ def write_companions(folder):
         image_mean=[.485, .456, .406], image_std=[.229, .224, .225])))
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    """transformers' model with weights wide enough for errors to show, its folder, and ours from it."""
+def make(folder):
+    """Writes a model of transformers' with weights wide enough for errors to show. -> it"""
     torch.manual_seed(0)
     theirs = transformers.InternVLForConditionalGeneration(published()).eval().float()
     for name, p in theirs.named_parameters():
         torch.nn.init.normal_(p, float(p.dim() == 1 and "norm" in name and "weight" in name), 0.2)
-    folder = tmp_path_factory.mktemp("internvl")
     theirs.save_pretrained(folder)
     write_companions(folder)
+    return theirs
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """transformers' model, its folder, and ours from it."""
+    folder = tmp_path_factory.mktemp("internvl")
+    theirs = make(folder)
     return theirs, folder, Qwen3VL.from_pretrained(folder)
 
 
@@ -274,92 +277,6 @@ def test_density_is_each_tiles_own(both, tmp_path):
     draw_files([tmp_path / "page.png"], ours, processor, tmp_path)
     drawn = processor.as_map(torch.arange(12.0), e.grids, page.size)       # two tiles side by side, and a thumbnail
     assert drawn.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]] and (tmp_path / "page.density.png").is_file()
-
-
-# -- the commands
-
-def lines(folder, pairs=False):
-    """Eight pictures with a question each."""
-    rows = []
-    for i in range(8):
-        picture(120 + 40 * i, 100, i).save(folder / f"{i}.png")
-        user = dict(role="user", content=f"<image>What is {i}?")
-        row = dict(id=f"n{i}", images=[f"{i}.png"])
-        rows.append(row | (dict(messages=[user], chosen=f"It is {i}.", rejected="No.") if pairs else
-                           dict(messages=[user, dict(role="assistant", content=f"It is {i}.")])))
-    file = folder / ("pairs.jsonl" if pairs else "data.jsonl")
-    file.write_text("\n".join(map(json.dumps, rows)))
-    return str(file)
-
-
-def command(main, *flags):
-    main([str(f) for f in flags] + ["--device", "cpu", "--threads", "1", "--dtype", "float32"])
-
-
-SIZE = ("--tokens", 900, "--batch-tokens", 300, "--micro-tokens", 300)
-
-
-@pytest.mark.parametrize("cond", ["c1", "c2", "c3", "c4", "c5", "c6"])
-def test_conditions_run(both, tmp_path, cond):
-    command(distill.main, "--cond", cond, "--teacher", both[1], "--data", lines(tmp_path), "--out", tmp_path / "out", *SIZE)
-    log = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
-    assert len(log) >= 3 and all(np.isfinite(line["loss"]) for line in log)
-    student = Qwen3VL.from_pretrained(tmp_path / "out")
-    assert student.config.hybrid["mixer"] == ("gdn" if cond == "c6" else "mamba2")
-    assert all(torch.equal(p, both[2].visual.state_dict()[n]) for n, p in student.visual.state_dict().items())
-
-
-def test_sft_dpo_answers_resume_and_dry_run(both, tmp_path, capsys, monkeypatch):
-    data, pairs = lines(tmp_path), lines(tmp_path, pairs=True)
-    run = ("--cond", "c4", "--teacher", both[1], "--data", data, "--save-every", 1, *SIZE)
-    command(distill.main, *run, "--out", tmp_path / "straight")
-    steps, step = [0], torch.optim.AdamW.step
-
-    def dying(self, *args, **kwargs):
-        steps[0] += 1
-        if steps[0] == 3:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-    monkeypatch.setattr(torch.optim.AdamW, "step", dying)
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        command(distill.main, *run, "--out", tmp_path / "c4")
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    command(distill.main, *run, "--out", tmp_path / "c4")
-    straight, resumed = (load_file(tmp_path / f / "model.safetensors") for f in ("straight", "c4"))
-    assert straight.keys() == resumed.keys() and all(torch.equal(straight[n], resumed[n]) for n in straight)
-
-    command(sft_dpo.main, "sft", "--model", tmp_path / "c4", "--data", data, "--out", tmp_path / "sft", *SIZE)
-    command(sft_dpo.main, "dpo", "--model", tmp_path / "sft", "--data", pairs, "--out", tmp_path / "dpo", *SIZE)
-    before, after = (Qwen3VL.from_pretrained(tmp_path / f).state_dict() for f in ("sft", "dpo"))
-    moved = {n for n in before if not torch.equal(before[n], after[n])}
-    assert any("merger.linear_1" in n for n in moved) and not any("visual.layers" in n for n in moved)
-    replies = answer(Qwen3VL.from_pretrained(tmp_path / "dpo"), processor_of(tmp_path / "dpo"), SAMPLES, max_new_tokens=3)
-    assert len(replies) == 3
-
-    diagnose.main(["--teacher", str(both[1]), "--student", str(tmp_path / "sft"), "--data", data, "--images", "3",
-                   "--alone", "2", "--device", "cpu", "--out", str(tmp_path / "diagnosis")])
-    assert json.loads((tmp_path / "diagnosis/results.json").read_text())["pages"] == 3
-    assert (tmp_path / "diagnosis/pages.png").is_file()
-    place = [on_page(np.arange(999)).tolist() for _, on_page, _ in diagnose.pages(data, processor_of(both[1]))]
-    assert len(place) == 8 and all(p[0][:4] == [0, 1, 4, 5] and p[1][:4] == [2, 3, 6, 7] for p in place)
-
-    world = ("--cond", "c4", "--teacher", both[1], "--tokens", 2000, "--batch-tokens", 1000, "--page", 7)
-    command(distill.main, *world, "--micro-tokens", 1000, "--questions", 2, "--out", tmp_path / "world")
-    assert len(list((tmp_path / "world/density").glob("*.png"))) == 6 and "reading" in (tmp_path / "world/table.md").read_text()
-    command(distill.main, *run, "--dry-run")
-    assert "3 of 4 attention layers replaced" in capsys.readouterr().out
-
-
-def test_a_density_cache_serves_this_teacher_and_no_other_tiling(both, tmp_path):
-    data, cache = lines(tmp_path), tmp_path / "rho.cache"
-    teacher, processor = both[2], processor_of(both[1])
-    cache_density(cache, read_data(data), teacher, processor)
-    run = ("--cond", "c4", "--teacher", both[1], "--data", data, "--density-cache", cache, *SIZE)
-    command(distill.main, *run, "--out", tmp_path / "a")
-    assert (tmp_path / "a/model.safetensors").is_file()
-    cache_density(cache, read_data(data), teacher, processor.bounded(4, 20))
-    with pytest.raises(SystemExit, match="rho.cache was made with another model or preprocessing"):
-        command(distill.main, *run, "--out", tmp_path / "b")
 
 
 # -- refusals
