@@ -212,7 +212,8 @@ class Resampler(nn.Module):
 
 def bucket(n, side):
     """Into which of a table's `side` parts each of n patches in a row falls. side * i // n is
-    meant, but the released code rounds fractions: of 25, 49, 50, 55 or 58 patches some fall one lower."""
+    meant, but the released code rounds fractions: of 25, 49, 50, 55 or 58 patches some fall one
+    lower."""
     inner = torch.arange(1 / side, 1, 1 / side)
     step = (1 / torch.tensor(n)).item()                                         # fp32
     return torch.bucketize(torch.arange(0, 1 - 1e-6, step), inner, right=True)
