@@ -11,7 +11,7 @@ worker. A sample that cannot be used raises BadSample, one sentence that names f
 
 Letters: B batch rows, T positions, C channels (3), p patch_size, t temporal_patch_size, m
 spatial_merge_size, gh and gw an image's height and width in patches; of its n = gh·gw patches every
-m·m become a visual token.
+m·m become a visual token (other teachers' files say how theirs come about).
 """
 import argparse
 import bisect
@@ -156,6 +156,8 @@ class Processor:
             if self.special[name] is None or key and config.get(key) != self.special[name]:
                 raise ValueError(f"{folder}: {token} is token {self.special[name]} in "
                                  f"tokenizer.json, but {config.get(key, 'needed')} in config.json.")
+        # A placeholder is one only where the template puts it, whatever its file says of it.
+        self.tokenizer.add_special_tokens([self.SPECIAL["image_pad"][0]])
         self.pad_id = self.special["endoftext"]
         self.scores = None                               # (sample, Encoded) -> rho, from a cache
         self.header, self.newline = self.tokenize("assistant\n"), self.tokenize("\n")

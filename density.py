@@ -5,7 +5,7 @@ alignment, one that differs from them (a letter, a chart mark, an edge) gets muc
 trained and the student gains nothing to carry.
 
     python density.py page.png photo.jpg --out maps             # Fig. 2 for pictures of your own
-    python density.py page.png --teacher Qwen3-VL-2B-Instruct   # by any Qwen3-VL tower's features
+    python density.py page.png --teacher Qwen3-VL-2B-Instruct   # by any teacher's tower
     python density.py --cache rho.cache --data train.jsonl --teacher Qwen3-VL-8B-Instruct
 
     code     paper    shape

@@ -4,8 +4,8 @@
 
 The tower has RMSNorm and gated MLPs, interpolates its position table bicubically, and merges 2 x 2
 patches by a strided convolution. The decoder's attention has biases and no QK-norm and rotates half
-of each head; a layer normalises what attention and MLP add to the stream. Decoder, mixers, training
-and evaluation are model.py's and its neighbours'. Names are transformers' (model_type glm4v, or
+of each head; a layer normalises what attention and MLP put out as well as what they read. Decoder,
+mixers, training and evaluation are model.py's and its neighbours'. Names are transformers' (model_type glm4v, or
 glm46v), so loading needs no mapping but for the convolution, which stands with the merger here.
 
     code        what it is                                              shape
@@ -37,7 +37,7 @@ from parts.fast import SwiGLU
 @dataclass
 class TextConfig(base.TextConfig):
     rotary_dim: int = 64                 # of head_dim: the channels that are rotated
-    qk_norm, qkv_bias = False, True
+    qk_norm, qkv_bias, norms = False, True, 4
 
 
 @dataclass
@@ -51,9 +51,9 @@ class VisionConfig:
     temporal_patch_size: int = 2
     spatial_merge_size: int = 2
     out_hidden_size: int = 4096
-    in_channels: int = 3
     rms_norm_eps: float = 1e-5
 
+    in_channels = 3
     side = property(lambda self: self.image_size // self.patch_size)
 
 
@@ -70,7 +70,7 @@ class Config(base.OtherConfig):
                     (base.part(vision, "rope_parameters"), "rope_type", "axial"),
                     (base.part(vision, "rope_parameters"), "rope_theta", 10000.0, 10000))
         heads, width = text.get("num_attention_heads"), text.get("hidden_size")
-        share = rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0))
+        share = rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 0.5))
         if type(heads) is type(width) is int and heads > 0 and type(share) in (int, float):
             text.setdefault("head_dim", width // heads)  # else `fill` says what is wrong
             text["rotary_dim"] = int(width // heads * share)
@@ -84,7 +84,7 @@ class Config(base.OtherConfig):
         base.insist(path, [
             (t.num_attention_heads * t.head_dim == t.hidden_size,
              "head_dim is not hidden_size over num_attention_heads"),
-            (t.rotary_dim <= t.head_dim and 2 * sum(t.mrope_section) == t.rotary_dim,
+            (len(t.mrope_section) == 3 and 2 * sum(t.mrope_section) == t.rotary_dim <= t.head_dim,
              "mrope_section does not sum to half of the rotated part of head_dim"),
             (v.hidden_size % (4 * v.num_heads) == 0,
              "vision hidden_size is no multiple of four times num_heads"),
@@ -224,8 +224,9 @@ class Layer(model.DecoderLayer):
 
 class Processor(data.Processor):
     """Pixels and ids are those of transformers' Glm46VProcessor with enable_thinking=False, with
-    the exceptions that data.Processor makes. GLM-4.1V has another template, and no /nothink."""
-    RELEASED = {"size": {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 15000},
+    the exceptions that data.Processor makes; answers stay as they are, where the template strips
+    them and cuts at a thought's end. GLM-4.1V has another template, and no /nothink."""
+    RELEASED = {"size": {"shortest_edge": 112 * 112, "longest_edge": 9633792},
                 "rescale_factor": 1 / 255, "image_mean": [.48145466, .4578275, .40821073],
                 "image_std": [.26862954, .26130258, .27577711]}
     SPECIAL = dict(
@@ -240,14 +241,26 @@ class Processor(data.Processor):
         super().__init__(folder, *args, **caps)
         thought = [self.special["think"], self.special["end_think"]]
         self.header = self.newline + thought + self.newline
-        if self.special["user"] not in Config.from_folder(folder).eos_token_id:
+        boxes = ("<|begin_of_box|>", "<|end_of_box|>")   # which the released model may write
+        self.boxes = {self.tokenizer.token_to_id(token) for token in boxes}
+        if self.special["user"] not in self.ends:
             raise ValueError(f"{folder}: <|user|>, which ends an answer, is no eos_token_id.")
 
     def read_settings(self, folder, config, settings):
-        # The published bounds count the pixels of all frames, of which a still picture has two.
-        frames = config["vision_config"].get("temporal_patch_size", 2)
-        size = {edge: pixels // frames for edge, pixels in settings["size"].items()}
-        super().read_settings(folder, config, settings | {"size": size})
+        read = Config.from_folder(folder)
+        self.ends, frames = read.eos_token_id, read.vision.temporal_patch_size
+        # The published bounds count the pixels of all frames, which a still picture fills.
+        for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            settings[key] = settings["size"][edge] // frames
+        super().read_settings(folder, config, settings)
+        self.published = settings["min_pixels"], settings["max_pixels"]
+
+    def bounded(self, least, most):
+        lowest, highest = (pixels // self.factor ** 2 for pixels in self.published)
+        return super().bounded(max(least, lowest), min(most, highest))
+
+    def decode(self, ids, skip_special_tokens=True):
+        return super().decode([i for i in ids if int(i) not in self.boxes], skip_special_tokens)
 
     def target(self, size, max_pixels):
         if min(size) < self.factor:                      # grows until its short side has one token
@@ -260,8 +273,8 @@ class Processor(data.Processor):
             [gMASK]<sop><|user|>\\n<|begin_of_image|><|image|>...<|end_of_image|>Question/nothink
             <|assistant|>\\n<think></think>\\nAnswer<|user|>
 
-        without the line break between the two. An answer's end is the role that follows it, after
-        the last one <|user|>."""
+        without the line break between the two. The user's next turn ends an answer, and <|user|>
+        the last one."""
         s, images = self.special, iter(images)
         runs = [[[s["gmask"], s["sop"]], False, False]]
 
@@ -274,7 +287,7 @@ class Processor(data.Processor):
             role = message["role"]
             learn, text = role in ("assistant", "document"), ""
             if role != "document":
-                put([s[role]], before == "assistant")
+                put([s[role]], (before, role) == ("assistant", "user"))
                 put(self.header if learn else [])
                 text = "" if learn else "\n"
             for part in message["content"] + [None]:

@@ -248,7 +248,32 @@ def best_grid(size, tile, most):
     return best
 
 
-class Processor(data.Processor):
+class TiledProcessor(data.Processor):
+    """Of any teacher that cuts a picture into up to `most` tiles of `tokens` visual tokens each, and
+    shows the whole beside them. A limit is counted in tiles, without the thumbnail."""
+    limit = property(lambda self: self.max_tiles)
+
+    def limit_tiles(self, folder):
+        self.max_tiles = self.tiles_within(self.max_visual_tokens)
+        if not self.max_tiles:
+            raise ValueError(f"{folder}: a tile has {self.tokens} visual tokens, but an image may "
+                             f"have {self.max_visual_tokens} only.")
+
+    def limits(self):
+        return list(range(self.max_tiles, 0, -1))
+
+    def tiles_within(self, tokens):
+        """The most tiles, 0 for none, that have so many tokens with their thumbnail."""
+        fits = (n for n in range(1, self.most + 1) if (n + (n > 1)) * self.tokens <= tokens)
+        return max(fits, default=0)
+
+    def bounded(self, least, most):
+        other = copy.copy(self)                          # `least` is met: a picture has a tile
+        other.max_tiles = max(1, self.tiles_within(most))
+        return other
+
+
+class Processor(TiledProcessor):
     """Pixels and ids are those of transformers' InternVLProcessor, with the exceptions that
     data.Processor makes. The template has no system prompt, as that of the -HF folders."""
     RELEASED = {"size": {"height": 448, "width": 448}, "rescale_factor": 1 / 255,
@@ -280,25 +305,7 @@ class Processor(data.Processor):
         if type(self.most) is not int or self.most < 1:
             raise ValueError(f"{folder}: max_patches is {self.most!r}, but must be a positive "
                              "whole number.")
-        self.max_tiles = self.tiles_within(self.max_visual_tokens)
-        if not self.max_tiles:
-            raise ValueError(f"{folder}: a tile has {self.tokens} visual tokens, but an image may "
-                             f"have {self.max_visual_tokens} only.")
-
-    limit = property(lambda self: self.max_tiles)        # without the thumbnail
-
-    def limits(self):
-        return list(range(self.max_tiles, 0, -1))
-
-    def tiles_within(self, tokens):
-        """The most tiles, 0 for none, that have so many tokens with their thumbnail."""
-        fits = (n for n in range(1, self.most + 1) if (n + (n > 1)) * self.tokens <= tokens)
-        return max(fits, default=0)
-
-    def bounded(self, least, most):
-        other = copy.copy(self)                          # `least` is met: a picture has a tile
-        other.max_tiles = max(1, self.tiles_within(most))
-        return other
+        self.limit_tiles(folder)
 
     def visual_tokens(self, size, max_tiles):
         columns, rows = best_grid(size, self.tile, max_tiles)

@@ -16,13 +16,12 @@ resampler adds to a video's frames are left out. "Slices" below include the over
     tokens      after the resampler, slice by slice                    (slices * Q, D)
     share       how much a query attends to each patch, mean of heads  (slices, Q, h * w)
 
-Density: patches have one within their slice, for its features know no other, but a query has no
-place. Its rho is the mean over the slice's patches, weighted by its attention to them (`pooled`).
-The other reading, the plain mean for all queries of a slice, is not implemented.
+Density: a patch's rho (Eq. 2) is over its neighbours in the same slice, for its features know no
+other; a query has no neighbours. Its rho is the mean of the slice's patches, weighted by its
+attention to them (`pooled`). The other reading, the plain mean for all queries of a slice, is not implemented.
 
 More shape letters: Q queries of a slice, Dv width of the tower.
 """
-import copy
 import math
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -36,6 +35,7 @@ from PIL import Image
 
 import data
 from formats import texts
+from internvl import TiledProcessor
 from model import VisionOut
 from parts import config as base
 from parts.images import read_image
@@ -301,7 +301,7 @@ def best_grid(size, side, most):
     return min(grids, key=lambda g: abs(math.log(width / height) - math.log(g[0] / g[1])))
 
 
-class Processor(data.Processor):
+class Processor(TiledProcessor):
     """Pixels and ids are those of the released processor and its chat() without thinking, with the
     exceptions that data.Processor makes:
 
@@ -311,13 +311,14 @@ class Processor(data.Processor):
         Question<|im_end|>\\n
         <|im_start|>assistant\\n<think>\\n\\n</think>\\n\\nAnswer<|im_end|>\\n
 
-    The parts of a message are joined by line breaks. Only the last answer has the empty thought."""
+    The parts of a message are joined by line breaks. Only the last answer has the empty thought.
+    Answers stay as they are, where chat() strips the last one and cuts at a thought's end."""
     RELEASED = {"norm_mean": [.5, .5, .5], "norm_std": [.5, .5, .5], "rescale_factor": 1 / 255}
     SPECIAL = data.Processor.SPECIAL | dict(
         image_pad=(UNKNOWN, ""), vision_start=("<image>", ""), vision_end=("</image>", ""),
         slice_start=("<slice>", ""), slice_end=("</slice>", ""),
         id_start=("<image_id>", ""), id_end=("</image_id>", ""))
-    DECIDES = ("patch", "merge", "temporal", "side", "max_slices")
+    DECIDES = ("patch", "merge", "temporal", "side", "max_tiles")
 
     def __init__(self, folder, *args, **caps):
         super().__init__(folder, *args, **caps)
@@ -335,35 +336,17 @@ class Processor(data.Processor):
                 raise ValueError(f"{folder}: {name} is {settings[name]} in "
                                  f"preprocessor_config.json, but {value} in config.json.")
         settings.update(image_mean=settings["norm_mean"], image_std=settings["norm_std"])
-        self.max_slices = self.slices_within(self.max_visual_tokens)
-        if not self.max_slices:
-            raise ValueError(f"{folder}: a slice has {self.tokens} visual tokens, but an image may "
-                             f"have {self.max_visual_tokens} only.")
+        self.limit_tiles(folder)
 
-    limit = property(lambda self: self.max_slices)       # without the overview
-
-    def limits(self):
-        return list(range(self.max_slices, 0, -1))
-
-    def slices_within(self, tokens):
-        """The most slices, 0 for none, that have so many tokens with the overview (1: it alone)."""
-        fits = (n for n in range(1, self.most + 1) if (n + (n > 1)) * self.tokens <= tokens)
-        return max(fits, default=0)
-
-    def bounded(self, least, most):
-        other = copy.copy(self)                          # `least` is met: a picture has a slice
-        other.max_slices = max(1, self.slices_within(most))
-        return other
-
-    def visual_tokens(self, size, max_slices):
-        grid = best_grid(size, self.side, max_slices)
+    def visual_tokens(self, size, max_tiles):
+        grid = best_grid(size, self.side, max_tiles)
         return (1 + math.prod(grid or [0])) * self.tokens
 
-    def patches(self, source, max_slices=None):
+    def patches(self, source, max_tiles=None):
         """Path or PIL image -> pixels (n, 3 * p * p) float32, and a grid for each slice."""
         image, bicubic = read_image(source), Image.Resampling.BICUBIC
         slices = [image.resize(fit(*image.size, self.side, self.patch), bicubic)]
-        if grid := best_grid(image.size, self.side, max_slices or self.limit):
+        if grid := best_grid(image.size, self.side, max_tiles or self.limit):
             columns, rows = grid
             w, h = fit(whole(image.width, columns) / columns, whole(image.height, rows) / rows,
                        self.side, self.patch)
@@ -373,9 +356,9 @@ class Processor(data.Processor):
         pixels, grids = zip(*map(self.cut, slices))
         return np.concatenate(pixels), list(grids)
 
-    def image_run(self, number, size, max_slices):
+    def image_run(self, number, size, max_tiles):
         s, pads = self.special, [self.special["image_pad"]] * self.tokens
-        columns, rows = best_grid(size, self.side, max_slices) or (0, 0)
+        columns, rows = best_grid(size, self.side, max_tiles) or (0, 0)
         ids = [s["id_start"], *self.tokenize(str(number)), s["id_end"]]
         ids += [s["vision_start"], *pads, s["vision_end"]]
         for row in range(rows):
@@ -386,8 +369,10 @@ class Processor(data.Processor):
     def runs(self, sample, images, add_generation_prompt=False):
         messages = []
         for message in sample.messages:
-            parts = [p for part in message["content"] for p in (*texts("\n"), part)]
-            messages.append(message | {"content": parts[1:]})
+            parts = message["content"]
+            if message["role"] != "document":
+                parts = [p for part in parts for p in (*texts("\n"), part)][1:]
+            messages.append(message | {"content": parts})
         return super().runs(replace(sample, messages=messages), images, add_generation_prompt)
 
     def as_map(self, rho, grids, size, limit=None):

@@ -100,16 +100,12 @@ def ends_and_hybrid(path, raw, text):
 
 
 def token_id(path, token):
-    """The id of an added token, which the original config.json does not have."""
-    for file in ("tokenizer.json", "added_tokens.json"):
-        if (path.parent / file).is_file():
-            found = read_object(path.parent / file)
-            listed = found.get("added_tokens", [])
-            found = found | {t["content"]: t["id"] for t in listed
-                             if isinstance(t, dict) and t.keys() >= {"content", "id"}}
-            if token in found:
-                return found[token]
-    raise ValueError(f"{path.parent}: neither tokenizer.json nor added_tokens.json has {token}")
+    """The id of an added token, which some published config.json do not have."""
+    file = path.parent / "tokenizer.json"
+    for added in read_object(file).get("added_tokens", []) if file.is_file() else []:
+        if isinstance(added, dict) and added.get("content") == token and "id" in added:
+            return added["id"]
+    raise ValueError(f"{path.parent}: there is no tokenizer.json that has {token} as an added token")
 
 
 def counted_positions(ids, mask, grids, config):
@@ -140,8 +136,8 @@ class TextConfig:
     mrope_section: list = field(default_factory=lambda: [24, 20, 20])     # frequencies of T, H, W
     max_position_embeddings: int = 262144
 
-    # What a decoder may have otherwise, in classes derived from this one.
-    qk_norm, qkv_bias, Layer = True, False, None
+    # What a decoder may have otherwise, in classes derived from this one; norms: of a layer.
+    qk_norm, qkv_bias, norms, Layer = True, False, 2, None
 
 
 @dataclass

@@ -24,10 +24,10 @@ def estimate_memory(config, frozen, trained, micro_tokens, width, world=1, shard
         return sum(p.numel() / (world if split.search(n) else 1) for n, p in named.items())
 
     # What the backward pass keeps, in bytes a layer and position.
-    row = 4 * D * width                  # in and out of the two norms
+    row = 2 * config.norms * D * width   # in and out of the norms
     row += 13 * HP * width               # read by the mixer's linear layers, convolution and scan
     row += (2 + mlps_train) * I * width  # the MLP's gate and up, their product where W_down trains
-    row += half * 8 * D                  # bf16: what the two norms read is fp32
+    row += half * 4 * config.norms * D   # bf16: what they read is fp32
     row += half * embeddings_train * 22 * D        # an fp32 stream; every linear layer's own cast
     row += adapters * (5 * D + HP + I) * (width + 1)         # LoRA's dropped-out inputs, and masks
     # With --recompute it is the stream alone, and all of the rest for one layer at a time.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from data import collate, encode_rows, processor_of
 from density import densities
@@ -19,7 +19,8 @@ transformers = pytest.importorskip("transformers", minversion="5.0", reason="tra
 
 SPECIAL = ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|begin_of_image|>",
            "<|end_of_image|>", "/nothink", "<think>", "</think>", "<|image|>", "<|video|>", "<|begin_of_video|>",
-           "<|end_of_video|>"]
+           "<|end_of_video|>", "<|begin_of_box|>", "<|end_of_box|>"]
+PLAIN = {"<think>", "</think>", "<|image|>", "<|video|>", "<|begin_of_box|>", "<|end_of_box|>"}
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 AT = {token: len(LETTERS) + i for i, token in enumerate(SPECIAL)}
 STEP = 40                                                 # of the sizes of test_teachers.py's pictures
@@ -46,7 +47,8 @@ def write_companions(folder):
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(LETTERS)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
+    for token in SPECIAL:                                 # from GLM-4.5 on some are published as no special ones
+        tokenizer.add_tokens([AddedToken(token, special=token not in PLAIN, normalized=False)])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "preprocessor_config.json").write_text(json.dumps(dict(
         size=dict(shortest_edge=2 * 28 * 28 * 4, longest_edge=2 * 28 * 28 * 40), patch_size=14, merge_size=2,
@@ -135,7 +137,7 @@ def test_a_folder_loads_strictly_and_is_written_again(both, tmp_path):
 
 
 def test_the_released_9b_has_transformers_names_and_shapes(tmp_path):
-    """GLM-4.6V-Flash on the meta device, by the sizes of its published config, which are transformers' defaults."""
+    """GLM-4.6V-Flash on the meta device, by the sizes that are transformers' defaults."""
     config = transformers.Glm46VConfig(text_config=dict(
         attention_bias=True, rope_parameters=dict(rope_type="default", rope_theta=5e5, partial_rotary_factor=0.5,
                                                   mrope_section=[8, 12, 12])), vision_config=dict(intermediate_size=13696))
@@ -177,6 +179,31 @@ def test_ids_equal_transformers(both, oracle, which):
     theirs = oracle(images=s.images or None, text=words, return_tensors="pt")["input_ids"][0]
     assert torch.equal(processor.encode(s, add_generation_prompt=True).ids, theirs)
     assert processor.length(s, add_generation_prompt=True) == len(theirs)
+
+
+def test_what_the_released_folder_may_hold_is_read(both, tmp_path):
+    """config.json without what transformers fills in, text that quotes a placeholder, answers in boxes."""
+    raw = json.loads((both[1] / "config.json").read_text())
+    for key in ("in_channels", "rope_parameters"):
+        raw["vision_config"].pop(key, None)
+    raw["vision_config"]["hidden_dropout_prob"] = 0.0
+    raw["text_config"].pop("head_dim", None)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert Config.from_folder(tmp_path).text == both[2].config.text
+    processor = processor_of(both[1])
+    e = processor.encode(sample(["What is <|image|>?"], ["It."]))
+    assert e.ids.tolist().count(AT["<|image|>"]) == 0 and "<|image|>?" in processor.decode(e.ids)
+    boxed = [AT["<|begin_of_box|>"], *processor.tokenize("7.17"), AT["<|end_of_box|>"], AT["<|user|>"]]
+    assert processor.decode(boxed) == "7.17"
+    wide = processor.bounded(4, 16384)                    # lmms-eval's bounds, within the published ones
+    assert (wide.min_pixels, wide.max_pixels) == (28 * 28 * 4, 28 * 28 * 40)
+
+
+def test_a_system_turn_is_no_answers_end(both):
+    processor, s = processor_of(both[1]), sample(["Q?"], ["One."], ["Why?"], ["Two."])
+    s.messages.insert(2, dict(role="system", content=texts("Be brief.")))
+    e = processor.encode(s)
+    assert processor.decode(e.labels[e.labels >= 0], skip_special_tokens=False) == "One.Two.<|user|>"
 
 
 def test_answers_and_their_ends_are_supervised_and_nothing_else(both):
@@ -223,6 +250,7 @@ def test_density_is_measured_before_the_convolution(both):
 @pytest.mark.parametrize("where, key, value, words", [
     ("text_config", "model_type", "glm4v_moe_text", "model_type is 'glm4v_moe_text'"), ("text_config", "head_dim", 12, "head_dim"),
     ("text_config", "rope_parameters", dict(rope_theta=1e4, mrope_section=[8, 12, 12]), "mrope_section does not sum"),
+    ("text_config", "rope_parameters", dict(rope_theta=1e4, mrope_section=[1, 1, 1, 1, 1, 1]), "mrope_section does not sum"),
     ("vision_config", "hidden_act", "gelu", "hidden_act is 'gelu'"), ("vision_config", "depth", 0, "depth is '0'"),
     ("vision_config", "out_hidden_size", 48, "out_hidden_size is not"), ("vision_config", "attention_bias", True, "attention_bias"),
     ("", "image_token_id", None, "a token id is no whole number"), ("", "model_type", "glm4v_moe", "model_type is 'glm4v_moe'"),
