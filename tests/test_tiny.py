@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import Processor, collate, processor_of
+from data import collate, processor_of
 from model import Qwen3VL, VisionOut
 from synthdoc import World
 
@@ -17,19 +17,30 @@ import make_teacher  # noqa: E402
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="transformers>=5 is the oracle")
 
 
-def test_transformers_loads_the_teacher_and_gives_the_same_logits_and_answers_to_real_pages():
+def seen_by_transformers(folder, image, ids, config):
+    """What its own image processor makes of a page, as its model's arguments."""
+    if config.Tower:
+        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+        cut = GotOcr2ImageProcessorPil.from_pretrained(folder)
+        return dict(pixel_values=cut(images=[image], crop_to_patches=True, return_tensors="pt")["pixel_values"].float())
+    seen = transformers.AutoImageProcessor.from_pretrained(folder)(images=[image], return_tensors="pt")
+    return dict(pixel_values=seen["pixel_values"].float(), image_grid_thw=seen["image_grid_thw"],
+                mm_token_type_ids=(ids == config.image_token_id).int())
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny/internvl"])
+def test_transformers_loads_the_teacher_and_gives_the_same_logits_and_answers_to_real_pages(name):
     """Its own image processor cuts the pages, so pixels, grids, weights and positions are all its own."""
-    theirs = transformers.Qwen3VLForConditionalGeneration.from_pretrained(ROOT / "tiny", dtype=torch.float32).eval()
-    cut = transformers.AutoImageProcessor.from_pretrained(ROOT / "tiny")
-    ours, processor = Qwen3VL.from_pretrained(ROOT / "tiny", torch.float32), Processor(ROOT / "tiny")
+    folder = ROOT / name
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    ours, processor = Qwen3VL.from_pretrained(folder, torch.float32), processor_of(folder)
     right = 0
     for suite in ("reading", "reasoning"):
         for sample in (World("eval", 0, suite)[i] for i in range(10)):
             gold, sample.messages = sample.messages[1]["content"][0]["text"], sample.messages[:1]
-            seen = cut(images=[sample.images[0].convert("RGB")], return_tensors="pt")
             batch = collate([processor.encode(sample, add_generation_prompt=True)], processor.pad_id)
-            inputs = dict(input_ids=batch.ids, pixel_values=seen["pixel_values"].float(), attention_mask=batch.mask.long(),
-                          image_grid_thw=seen["image_grid_thw"], mm_token_type_ids=(batch.ids == ours.config.image_token_id).int())
+            inputs = dict(input_ids=batch.ids, attention_mask=batch.mask.long(),
+                          **seen_by_transformers(folder, sample.images[0].convert("RGB"), batch.ids, ours.config))
             with torch.no_grad():
                 want, got = theirs(**inputs).logits, ours(batch.ids, batch.mask, batch.pixels, batch.grids)
             torch.testing.assert_close(got, want, atol=2e-4, rtol=0)
