@@ -28,8 +28,9 @@ them, and until minute 81 two shapes were to be compared (above or below?): both
 Then the world became what synthdoc.py says. The lesson "questions" came in three parts, of 15
 minutes with a third of scenes, 10 with more of them, and 6 with digits and places as below.
 
-With --like internvl the same lessons grow a teacher of InternVL's architecture, which stands with
-its log in tiny/internvl, one run as the command above has it. A page is cut into tiles of 5 x 5 cells, and a token learns its place in its tile: no tile
+With --like internvl the same lessons grow a teacher of InternVL's architecture, which stands in
+tiny/internvl: one run of the command above, with its log, while other programs took some of the two
+cores. A page is cut into tiles of 5 x 5 cells, and a token learns its place in its tile: no tile
 knows where on the page it is.
 """
 import argparse
