@@ -5,8 +5,9 @@
 The tower has RMSNorm and gated MLPs, interpolates its position table bicubically, and merges 2 x 2
 patches by a strided convolution. The decoder's attention has biases and no QK-norm and rotates half
 of each head; a layer normalises what attention and MLP put out as well as what they read. Decoder,
-mixers, training and evaluation are model.py's and its neighbours'. Names are transformers' (model_type glm4v, or
-glm46v), so loading needs no mapping but for the convolution, which stands with the merger here.
+mixers, training and evaluation are model.py's and its neighbours'. Names are transformers'
+(model_type glm4v, or glm46v), so loading needs no mapping but for the convolution, which stands with
+the merger here.
 
     code        what it is                                              shape
     pixels      patches of all images, by merge block                   (patches, 3 * 2 * ps * ps)

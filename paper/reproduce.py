@@ -158,7 +158,7 @@ def settings_of(name, seed):
     from loop import parse
     from sft_dpo import PHASES as phases
     if name in TEACHERS:
-        return {"page": page_of(name)} | ({"teacher": folder_of(name)} if "--teacher" in FLAGS[name] else {})
+        return {"page": page_of(name), "teacher": folder_of(name)}
     script, *words = command(name, seed, HERE / "out" / name)
     kind, defaults = DistillSettings, DEFAULTS
     if script == "sft_dpo.py":

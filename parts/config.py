@@ -112,7 +112,7 @@ def counted_positions(ids, mask, grids, config):
     """Config.positions under plain RoPE: real tokens are counted, visual ones among them. -> (3, B,
     T), three times the same, and (B,) what comes next. Raises ValueError when the placeholders do
     not match the tiles."""
-    real = ids == ids if mask is None else mask
+    real = ids == ids if mask is None else mask                         # (B, T)  without one: all
     found = ((ids == config.image_token_id) & real).sum().item()
     tiles = 0 if grids is None else len(grids)
     if found != tiles * config.vision.tokens:

@@ -31,14 +31,14 @@ class Chat(lmms):
         self.system_turn = [("system", [system_prompt])] if system_prompt else []
         self.model = Qwen3VL.from_pretrained(pretrained, dtype=getattr(torch, dtype), device=device)
         self.processor = full_processor(pretrained)
+        self.processor = self.processor.bounded(*HARNESS_TOKENS)
         if not hasattr(self.processor, "min_pixels"):     # tiles have no bounds in pixels
             if min_pixels or max_pixels:
                 raise ValueError(f"{pretrained} cuts pictures into tiles: it has neither min_pixels "
                                  "nor max_pixels")
-            self.processor = self.processor.bounded(*HARNESS_TOKENS)
             return
         # The stock chat model looks at images in full, the stock simple one at 1.6 megapixels.
-        least, most = (tokens * self.processor.factor ** 2 for tokens in HARNESS_TOKENS)
+        least, most = self.processor.min_pixels, self.processor.max_pixels
         if self.is_simple:
             least, most = 256 * 28 * 28, 1605632
         self.processor.min_pixels = int(min_pixels or least)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from data import Sample, collate, processor_of
 from density import densities, draw_files
@@ -36,12 +36,17 @@ def published(**changes):
                                        image_seq_length=4, tie_word_embeddings=False, **changes)
 
 
-def write_companions(folder):
+def write_tokenizer(folder, added, plain=()):
+    """A token for each byte and these, of which the plain ones are not special."""
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(LETTERS)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.add_tokens([AddedToken(token, special=token not in plain, normalized=False) for token in added])
     tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def write_companions(folder):
+    write_tokenizer(folder, SPECIAL)
     (folder / "preprocessor_config.json").write_text(json.dumps(dict(
         size=dict(height=TILE, width=TILE), crop_to_patches=False, min_patches=1, max_patches=12,
         image_mean=[.485, .456, .406], image_std=[.229, .224, .225])))

@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import pre_tokenizers
 
 from data import IGNORED, Sample, collate, encode_rows, processor_of
 from density import densities, draw_files
+from formats import texts
 from minicpmv import Config, best_grid, bucket
 from model import Qwen3VL, to_hybrid
-from test_internvl import picture, sample
+from test_internvl import picture, sample, write_tokenizer
 
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="transformers>=5 is the oracle")
 
@@ -43,12 +44,7 @@ def published(**changes):
 
 
 def write_companions(folder):
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(LETTERS)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("<think>", "</think>")])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_tokenizer(folder, AT, plain=("<think>", "</think>"))
     (folder / "preprocessor_config.json").write_text(json.dumps(dict(
         image_feature_size=Q, max_slice_nums=9, patch_size=PATCH, scale_resolution=SIDE, slice_mode=True, use_image_id=True,
         norm_mean=[.5, .4, .5], norm_std=[.5, .5, .25], version=4.5)))
@@ -393,6 +389,13 @@ def test_caps_choose_fewer_slices(both):
     assert small.limit == 4 and small.limits() == [4, 3, 2, 1] and len(small.patches(s.images[0])[1]) <= 5
     with pytest.raises(ValueError, match="a tile has 4 visual tokens, but an image may have 3 only"):
         processor_of(folder, max_visual_tokens=3)
+
+
+def test_running_text_gets_no_line_breaks_of_the_template(both):
+    processor = processor_of(both[1])
+    document = Sample("d", [dict(role="document", content=texts("One. ") + [dict(type="image")] + texts(" Two."))], [picture(50, 50)])
+    e = processor.encode(document)
+    assert processor.decode(e.labels[e.labels >= 0], skip_special_tokens=False) == "One.  Two.<|endoftext|>"
 
 
 # -- density
