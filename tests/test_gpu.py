@@ -1,5 +1,6 @@
 """What only a GPU can show: its scans against the recurrence in fp64, its answers against the CPU's, its training steps
 against each other. Run on a machine with one: pytest -m gpu"""
+import importlib
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 
 import test_gdn
 import test_mamba2
-from data import Processor, collate
+from data import Processor, collate, processor_of
 from gdn import delta_rule
 from mamba2 import ssd
 from model import Qwen3VL, to_hybrid
@@ -139,6 +140,28 @@ def test_replayed_steps_equal_eager_ones_in_bf16(mixer):
     assert relative(runs[0], runs[2]) < 2 * rounding + 1e-3 and rounding < 0.1
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", [None, "mamba2"])
+@pytest.mark.parametrize("teacher", ["glm4v", "internvl", "minicpmv"])
+def test_other_teachers_read_and_decode_as_on_the_cpu(teacher, mixer, tmp_path, monkeypatch):
+    """Towers, positions and the captured step, in fp32; what the CPU computes is held to transformers in their own tests."""
+    monkeypatch.setenv("HEED_KERNELS", "0")
+    kind = importlib.import_module(f"test_{teacher}")
+    kind.make(tmp_path)
+    processor, net = processor_of(tmp_path), Qwen3VL.from_pretrained(tmp_path, torch.float32)
+    net = to_hybrid(net, mixer) if mixer else net
+    rows = [processor.encode(sample, add_generation_prompt=True) for sample in kind.SAMPLES]
+    b, runs = collate(rows, processor.pad_id, side="left"), []
+    for device, graph in (("cpu", False), ("cuda", True), ("cuda", False)):
+        b, net = b.to(device), net.to(device)
+        logits, states, position = net.prefill(b.ids, b.mask, b.pixels, b.grids)
+        step = net.start_decoding(states, position, 6, graph)
+        steps = [step(torch.full_like(position, 20 + i)).float().cpu().clone() for i in range(6)]
+        runs.append(torch.stack([logits.float().cpu(), *steps]))
+        assert not graph or net.replayed.graph is not None
+    assert relative(runs[1], runs[0]) < 1e-3 and relative(runs[2], runs[0]) < 1e-3
+
+
 def distil(out, *flags, kill_after=None):
     words = [sys.executable, "distill.py", "--device", "cuda", "--tokens", "6000", "--questions", "0", "--save-every", "1",
              "--out", str(out), *flags]
@@ -166,6 +189,22 @@ def test_a_step_of_each_condition_equals_the_cpus_in_fp32(cond, tmp_path, monkey
         lines = [json.loads(line) for line in (tmp_path / dtype / "log.jsonl").read_text().splitlines()]
         assert len(lines) == len(expected)
         assert abs(lines[0]["loss"] / expected[0]["loss"] - 1) < bound, (dtype, lines[0], expected[0])
+
+
+@pytest.mark.parametrize("teacher", ["glm4v", "internvl", "minicpmv"])
+def test_a_step_on_other_teachers_equals_the_cpus(teacher, tmp_path, monkeypatch):
+    import distill
+    from test_teachers import SIZE, lines
+    monkeypatch.setenv("HEED_COMPILE", "0")
+    kind, losses = importlib.import_module(f"test_{teacher}"), []
+    kind.make(tmp_path)
+    data = lines(kind, tmp_path)
+    for device, dtype in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16")):
+        out = tmp_path / f"{device}-{dtype}"
+        distill.main(["--cond", "c4", "--teacher", str(tmp_path), "--data", data, "--device", device, "--dtype", dtype,
+                      "--out", str(out), *map(str, SIZE)])
+        losses.append([json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()])
+    assert abs(losses[1][0] / losses[0][0] - 1) < 1e-3 and abs(losses[2][0] / losses[0][0] - 1) < 0.1, losses
 
 
 def test_a_killed_run_goes_on(tmp_path, monkeypatch):
